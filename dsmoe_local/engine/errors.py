@@ -66,7 +66,7 @@ class EngineCrashError(EngineError):
 
 
 class WorkerLostError(EngineCrashError):
-    """The engine's process died because it lost a worker, or waited for one in vain."""
+    """The engine's process died because it lost a worker, or was killed because a worker made no progress."""
 
 
 class EngineKilledError(EngineCrashError):

@@ -69,8 +69,26 @@ def lost_worker(workers: Sequence[Worker]) -> str:
     for worker in workers:
         if reason := _obstacle(worker):
             return f"the worker {worker.endpoint} {reason}"
-    names = " or ".join(worker.endpoint for worker in workers)
-    return f"the connection to a worker ({names}) broke; it can be reached again"
+    return f"the connection to a worker ({endpoints(workers)}) broke; it can be reached again"
+
+
+def unreachable_worker(workers: Sequence[Worker]) -> str:
+    """Return which worker accepts no connection, and why; an empty text if all accept one.
+
+    Unlike `check_workers`, this may be asked while a worker serves this machine: it then accepts connections,
+    but does not answer.
+    """
+    for worker in workers:
+        try:
+            _connect(worker).close()
+        except OSError as error:
+            return f"the worker {worker.endpoint} {_reason(error)}"
+    return ""
+
+
+def endpoints(workers: Sequence[Worker]) -> str:
+    """Return the addresses of workers, for a message."""
+    return " or ".join(worker.endpoint for worker in workers)
 
 
 def _obstacle(worker: Worker) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.engine import workers as module
 from dsmoe_local.engine.errors import WorkerError, WorkerLostError
 from dsmoe_local.engine.interface import Deliver, Ticket
-from dsmoe_local.engine.process import child
+from dsmoe_local.engine.process import child, spawn
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
-from dsmoe_local.engine.workers import Worker, check_workers, parse_worker
+from dsmoe_local.engine.workers import Worker, check_workers, parse_worker, unreachable_worker
 
 
 @pytest.mark.parametrize(
@@ -186,16 +187,27 @@ def test_a_lost_worker(worker: RunningWorker, local: str, n_kills: int, n_gpu_la
         assert engine.crashes == n_kills
 
 
-def test_a_worker_that_hangs(worker: RunningWorker, local: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a reply that waits forever."""
+@pytest.mark.parametrize(
+    ("unreachable", "told"),
+    [
+        ("", "no progress for 0.5 s: the worker {} is too slow, or hangs"),
+        ("the worker {} cannot be reached: No route to host", "a worker was lost: the worker {} cannot be"),
+    ],
+)
+def test_a_worker_that_hangs(
+    worker: RunningWorker, local: str, unreachable: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a reply that waits forever; a slow worker that is reported as lost."""
     with EngineClient.load(options(worker.endpoint)) as engine:
         monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
         monkeypatch.setattr(module, "_SECONDS", 0.5)
+        if unreachable:
+            monkeypatch.setattr(spawn, "unreachable_worker", lambda _: unreachable.format(worker.endpoint))
         events = engine.submit(Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=200))
         next(events)
         worker.send(signal.SIGSTOP)
         try:
-            with pytest.raises(WorkerLostError, match=f"{worker.endpoint} does not answer"):
+            with pytest.raises(WorkerLostError, match=told.format(worker.endpoint)):
                 list(events)
             with pytest.raises(WorkerError, match="does not answer"):
                 check_workers([parse_worker(worker.endpoint)])
@@ -203,6 +215,39 @@ def test_a_worker_that_hangs(worker: RunningWorker, local: str, monkeypatch: pyt
             worker.send(signal.SIGCONT)
         monkeypatch.undo()
         assert text(engine) == local
+
+
+def test_a_slow_step_that_ends(worker: RunningWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an engine that is killed although a step ended while the workers were asked."""
+    resumed, went_on = threading.Event(), threading.Event()
+
+    def resume(_: object) -> str:
+        monkeypatch.setattr(child, "SILENT_SECONDS", 300)
+        resumed.set()
+        worker.send(signal.SIGCONT)
+        assert went_on.wait(60)
+        return ""
+
+    with EngineClient.load(options(worker.endpoint)) as engine:
+        monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
+        monkeypatch.setattr(spawn, "unreachable_worker", resume)
+        events = engine.submit(Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=200))
+        next(events)
+        worker.send(signal.SIGSTOP)
+        for _ in events:
+            if resumed.is_set():
+                went_on.set()
+        assert went_on.is_set()
+        assert engine.crashes == 0
+
+
+def test_unreachable_worker() -> None:
+    """Guards: a worker that accepts connections but computes, reported as lost."""
+    nobody = f"127.0.0.1:{free_port()}"
+    with service(sends(b"")) as address:
+        assert not unreachable_worker([parse_worker(address)])
+        found = unreachable_worker([parse_worker(address), parse_worker(nobody)])
+    assert found == f"the worker {nobody} refuses connections: nothing listens there"
 
 
 def test_a_batch_that_loses_its_worker(

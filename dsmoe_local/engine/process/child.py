@@ -2,7 +2,7 @@
 
 There are three threads. The reader starts the process, reads messages and delivers events. The sender writes
 frames, so that Ctrl-C in a caller cannot leave half a frame. The third thread reads the log. With workers, a
-fourth one kills a process that waits for a worker in vain.
+fourth one kills a process that makes no progress.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from dsmoe_local.engine.process.spawn import (
     crash_error,
     lost_a_worker,
     lost_worker_error,
+    no_progress_error,
     spawn_engine,
 )
 from dsmoe_local.engine.types import ModelInfo, ModelOptions, Request, TokenEvent
 
 POLL = 0.05  # seconds between checks whether a load must stop
-SILENT_SECONDS = 300.0  # without a message, although there is work, until a worker is taken to hang
+SILENT_SECONDS = 300.0  # the longest step, with workers: llama.cpp waits for them without a limit
 _EXIT_SECONDS = 1.0  # for a child that was asked to exit
 _KILL_SECONDS = 5.0  # for a child that was killed; after that the system must reap it
 
@@ -104,7 +105,6 @@ class Child:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._last_message = time.monotonic()
-        self._silent = False  # True if it was killed because it was silent for too long
         self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
 
     @classmethod
@@ -271,7 +271,7 @@ class Child:
                 raise
             send.start()
             if self.options.workers:
-                threading.Thread(target=self._watch, args=(process,), name="dsmoe-watch", daemon=True).start()
+                threading.Thread(target=self._watch, name="dsmoe-watch", daemon=True).start()
             garbled = self._read(source)
             status = self._reap(process, at_once=garbled is not None)
             self._outbox.put(None)
@@ -279,17 +279,18 @@ class Child:
                 thread.join(_EXIT_SECONDS)
         return self._reason(status, garbled)
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Kill the process if it has work, but sends nothing for SILENT_SECONDS: llama.cpp waits for workers
-        without a limit.
-        """
+    def _watch(self) -> None:
+        """Kill the process if it has work, but sends nothing for SILENT_SECONDS."""
         while not self._ended.wait(POLL):
+            last = self._last_message
             if not (self._running or self._calls) and self._loaded.is_set():
                 self._last_message = time.monotonic()
-            elif time.monotonic() - self._last_message > SILENT_SECONDS:
-                self._silent = True
-                process.kill()
-                return
+            elif time.monotonic() - last > SILENT_SECONDS:
+                failure = no_progress_error(self.options.workers, SILENT_SECONDS, self._log.lines())
+                # Asking the workers takes time: the step may have ended meanwhile.
+                if self._last_message == last:
+                    self.kill_for(failure)
+                    return
 
     def _read(self, source: wire.Source) -> Exception | None:
         """Handle messages until the socket is closed. Returns the error if a message is malformed."""
@@ -319,7 +320,7 @@ class Child:
         if self._kill_reason is not None:
             return self._kill_reason
         log = self._log.lines()
-        if garbled is None and self.options.workers and (self._silent or lost_a_worker(log)):
+        if garbled is None and self.options.workers and lost_a_worker(log):
             return lost_worker_error(self.options.workers, log)
         if garbled is None:
             return crash_error(status, log, loading=None if self._loaded.is_set() else self.options.path)

@@ -15,7 +15,7 @@ from pathlib import Path
 import dsmoe_local
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import LESS_MEMORY, EngineCrashError, EngineError, WorkerLostError
-from dsmoe_local.engine.workers import lost_worker, parse_worker
+from dsmoe_local.engine.workers import endpoints, lost_worker, parse_worker, unreachable_worker
 
 _HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
@@ -23,7 +23,7 @@ SPIN_COUNT = 1000
 """How often a waiting thread checks before it sleeps. `benchmarks/settings.py` compares it with others."""
 _FULL = re.compile("OutOfDeviceMemory|out of memory")  # how Vulkan and CUDA end the process
 _LOST = re.compile("Remote RPC server crashed|RPC handshake failed|Failed to connect to")
-"""llama.cpp's last words if a worker is lost."""
+"""llama.cpp's messages when it ends the process because a worker is lost."""
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
 _KEEP_LOG = "run again with --log-file FILE to keep its whole log"
@@ -128,8 +128,27 @@ def lost_a_worker(log: tuple[str, ...]) -> bool:
 
 def lost_worker_error(workers: tuple[str, ...], log: tuple[str, ...]) -> WorkerLostError:
     """Return the error for an engine process that lost a worker. Asks the workers which one it was."""
+    return _lost_error(lost_worker([parse_worker(text) for text in workers]), log)
+
+
+def no_progress_error(workers: tuple[str, ...], seconds: float, log: tuple[str, ...]) -> WorkerLostError:
+    """Return the error for an engine process that made no progress for `seconds`.
+
+    Asks the workers whether they can be reached.
+    """
+    parsed = [parse_worker(text) for text in workers]
+    if reason := unreachable_worker(parsed):
+        return _lost_error(reason, log)
     return WorkerLostError(
-        f"a worker was lost: {lost_worker([parse_worker(text) for text in workers])}",
+        f"no progress for {seconds:g} s: the worker {endpoints(parsed)} is too slow, or hangs",
+        remedy="use a smaller ubatch (-ub), so that steps are shorter; if the worker hangs, restart it",
+        log=log[-_CRASH_LINES:],
+    )
+
+
+def _lost_error(reason: str, log: tuple[str, ...]) -> WorkerLostError:
+    return WorkerLostError(
+        f"a worker was lost: {reason}",
         remedy="start `dsmoe worker` there again, then try again",
         log=log[-_CRASH_LINES:],
     )
