@@ -74,13 +74,28 @@ def command(host: str, port: int, n_threads: int | None, ssh: str | None, insecu
     if ssh is not None:
         _show_tunnel(ssh, port)
         return
-    if not insecure and not is_loopback(host):
+    address = _resolve(host)
+    if not insecure and not is_loopback(address):
         raise UsageError(
             f"{safe_line(host, 60)} can be reached from other machines, and the protocol has no password and "
             "no encryption: whoever reaches the port can read the conversation and crash the worker",
             remedy="use ssh (dsmoe worker --ssh HOST shows how), or --insecure in a network that you trust",
         )
-    _serve(host, port, n_threads)
+    _serve(address, port, n_threads)
+
+
+def _resolve(host: str) -> str:
+    """Return the IPv4 address of `host`: llama.cpp accepts no names to listen at. Raises DsmoeError."""
+    import socket
+
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a valid name"
+        raise DsmoeError(
+            f"{safe_line(host, 60)} cannot be used: {reason}",
+            remedy="name an IPv4 address of this machine with --host",
+        ) from error
 
 
 def _show_tunnel(ssh: str, port: int) -> None:
@@ -122,7 +137,7 @@ def _check_address(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise DsmoeError(
-                f"{safe_line(host, 60)}:{port} cannot be used: {error.strerror}",
+                f"{host}:{port} cannot be used: {error.strerror}",
                 remedy="name another port with --port, or an IPv4 address of this machine with --host",
             ) from error
 

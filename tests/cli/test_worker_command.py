@@ -19,25 +19,44 @@ from dsmoe_local.cli.commands import load_command
 START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "127.evil.example", "laptop"])
-def test_other_machines_need_insecure(host: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards: a port without a password that the whole network can reach by mistake."""
+def start(host: str, port: str, *flags: str) -> str:
+    """Run a worker that cannot listen at its address. Return what it says."""
+    command = [sys.executable, "-c", START, "worker", "--host", host, "--port", port, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "localhost", "laptop"])
+def test_other_machines_need_insecure(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a port without a password that the whole network can reach by mistake, perhaps by a name."""
+    names = {"localhost": "10.0.0.1", "laptop": "10.0.0.2"}
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: names.get(name, name))
     told = complaint(capsys, "worker", "--host", host, status=2)
     assert "no password" in told
     assert "--insecure" in told
     assert "--ssh" in told
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_an_address_that_cannot_be_used(host: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Guards: llama.cpp's words, or an exit without words."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_is_taken(host: str) -> None:
+    """Guards: llama.cpp's words, or an exit without words; an address with the port that could be used."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-c", START, "worker", "--host", host, "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert f"{host}:{port} cannot be used" in done.stderr
-    assert "--port" in done.stderr
+        told = start(host, port)
+    assert f"127.0.0.1:{port} cannot be used" in told
+    assert "--port" in told
+
+
+@pytest.mark.parametrize("host", ["::1", "no.such.host.invalid", "a..b", "192.0.2.1"])
+def test_an_address_that_cannot_be_used(host: str) -> None:
+    """Guards: a traceback, or an address that llama.cpp cannot read."""
+    told = start(host, str(free_port()), "--insecure")
+    assert host in told
+    assert "cannot be used" in told
+    assert "--host" in told
 
 
 def test_the_tunnel() -> None:
