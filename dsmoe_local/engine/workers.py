@@ -1,6 +1,7 @@
 """Workers: other machines that compute layers of a model, with llama.cpp's RPC protocol.
 
-llama.cpp ends the process if a worker cannot be reached or is not one, so each is asked first.
+llama.cpp ends the process if it cannot reach a worker, or if another program answers. So each worker is asked
+for its version first.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import WorkerError
 
 DEFAULT_PORT = 50052
-"""That of llama.cpp's rpc-server, too."""
+"""The default port of llama.cpp's rpc-server."""
 PROTOCOL = (7, 0, 0)
-"""The version of the protocol in llama.cpp's header ggml-rpc.h. The last number stands for the operations."""
-_SECONDS = 10.0  # for an answer; a worker first frees the memory of the client before
+"""The version in llama.cpp's header ggml-rpc.h. Its last number changes with the set of operations."""
+_SECONDS = 10.0  # for an answer; a worker first frees the memory of its previous client
 _HELLO = 14
 _CAPABILITIES = 24  # bytes; zeros: TCP only
 _ANSWER = struct.Struct(f"<Q4B{_CAPABILITIES}x")  # its size without this field, the version, padding

@@ -42,7 +42,7 @@ def test_other_machines_need_insecure(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_port_that_is_taken(host: str) -> None:
-    """Guards: llama.cpp's words, or an exit without words; an address with the port that could be used."""
+    """Guards: an exit without a message, or with llama.cpp's; a name that is passed to llama.cpp."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         told = start(host, port)
@@ -92,7 +92,7 @@ def test_an_answer_with_a_worker() -> None:
 
 
 def test_nobody_there() -> None:
-    """Guards: a traceback, or a crash of the engine, in place of words."""
+    """Guards: a traceback, or a crash of the engine, instead of a message."""
     address = f"127.0.0.1:{free_port()}"
     done = ask("--rpc", address)
     assert done.returncode == 1

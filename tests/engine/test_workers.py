@@ -1,4 +1,4 @@
-"""Models whose layers are on workers: the same text, and words for everything that goes wrong with one."""
+"""Models whose layers are on workers: the same text, and a message for each failure."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def closes(connection: socket.socket) -> None:
 def test_other_programs(
     behaviour: Callable[[socket.socket], None], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: an abort of llama.cpp, or an endless wait, in place of words."""
+    """Guards: an abort of llama.cpp, or an endless wait, instead of a message."""
     monkeypatch.setattr(module, "_SECONDS", 0.3)
     with service(behaviour) as address, pytest.raises(WorkerError) as raised:
         check_workers([parse_worker(address)])
