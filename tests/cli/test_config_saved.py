@@ -69,7 +69,9 @@ def test_what_set_saves_is_what_the_next_chat_begins_with(
         return reply_settings(dict(given_to_chat))
 
     here = SimpleNamespace(
-        conversation=SimpleNamespace(settings=made(begun(*flags), first)),
+        conversation=SimpleNamespace(
+            settings=made(begun(*flags), first), engine=SimpleNamespace(info=SimpleNamespace(server=""))
+        ),
         config=ConfigFile(config_path()),
         screen=SimpleNamespace(notice=lambda text: None),
         save=lambda: None,

@@ -101,8 +101,9 @@ def test_a_real_engine() -> None:
             assert sum(layer["counts"]) == 3 * layer["tokens"]
 
 
-def test_replies_at_the_same_time() -> None:
+def test_replies_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: counts that fail when replies overlap."""
+    monkeypatch.setattr(generation, "ACTIVITY_SECONDS", 60)
     options = ModelOptions(tiny_model(), n_parallel=4, n_threads=1, n_context=1024, observers=OBSERVERS)
     with EngineClient.load(options) as engine, serving(engine, experts=True) as server:
         with ThreadPoolExecutor(8) as pool:

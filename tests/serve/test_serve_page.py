@@ -107,7 +107,7 @@ def test_a_reload_during_a_reply(chromium: Browser) -> None:
         assert page.text(".assistant .bad") == "The connection ended before the reply was complete."
         gate.open()
         page.type("And?")
-        ended(page)
+        page.wait("[...document.querySelectorAll('.reply')].at(-1).innerText === 'four'")
         assert sent(engine) == [("user", "Hello"), ("assistant", "one two"), ("user", "And?")]
 
 
