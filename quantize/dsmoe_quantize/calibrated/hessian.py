@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_local.base.errors import FormatError
+from dsmoe_local.model.layout import input_of
 
 ENOUGH = 10
 """Tokens for each column. The Hessian of a matrix that saw fewer is blended with its tensor's mean."""
@@ -42,7 +43,6 @@ class HessianTap:
     _sums: dict[str, _Sums] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
     """The tensor whose sums a tensor shares, because their inputs are the same."""
-    _last: tuple[str, Tensor, int | None] | None = None
 
     def __call__(
         self, tensor: str, inputs: Tensor, *, expert: int | None = None, gate: Tensor | None = None
@@ -50,10 +50,10 @@ class HessianTap:
         """Add the inputs of one matrix. Raises FormatError if one is NaN or infinite."""
         if tensor not in self.shapes:
             return
-        owner = self._first.setdefault(tensor, self._owner(tensor, inputs, expert))
-        if owner != tensor:
+        if tensor not in self._first:
+            self._first[tensor] = self._owner(tensor)
+        if self._first[tensor] != tensor:
             return
-        self._last = (tensor, inputs, expert)
         if tensor not in self._sums:
             self._sums[tensor] = self._empty(tensor, inputs.device)
         sums = self._sums[tensor]
@@ -67,12 +67,14 @@ class HessianTap:
                 "the model computes a NaN or an infinity", where=where, remedy="it cannot be calibrated"
             )
 
-    def _owner(self, tensor: str, inputs: Tensor, expert: int | None) -> str:
-        if self._last is None or self.shapes[tensor][-1] != inputs.shape[-1]:
-            return tensor
-        owner, last, last_expert = self._last
-        same = last.data_ptr() == inputs.data_ptr() and last.shape == inputs.shape and last_expert == expert
-        return owner if same and len(self.shapes[owner]) == len(self.shapes[tensor]) else tensor
+    def _owner(self, tensor: str) -> str:
+        """Return the first tensor with the same inputs. Routed experts see other tokens than shared ones."""
+        inputs, is_routed = input_of(tensor), len(self.shapes[tensor]) > 2
+        return next(
+            name
+            for name, shape in self.shapes.items()
+            if name == tensor or (input_of(name) == inputs != "" and (len(shape) > 2) == is_routed)
+        )
 
     def _empty(self, tensor: str, device: torch.device) -> _Sums:
         shape = self.shapes[tensor]
