@@ -132,6 +132,7 @@ def prepare(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("dsmoe_convert.hub.fetch", refuse, raising=False)
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     patch.setattr("dsmoe_local.evaluate.speed.machine.look_at_machine", refuse)
+    patch.setattr("dsmoe_local.cli.worker._serve", refuse)
 
 
 def arguments(chance: random.Random) -> list[str]:
