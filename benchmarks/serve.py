@@ -274,7 +274,7 @@ class _Batch:
         folder.mkdir()
         source = folder / "in.jsonl"
         source.write_text("".join(f"{json.dumps(body)}\n" for body in bodies))
-        with prepared(BatchOptions(source, folder / "out.jsonl", RequestDefaults(GREEDY))) as job:
+        with prepared(BatchOptions([source], folder / "out.jsonl", RequestDefaults(GREEDY))) as job:
             if self._engine is None:
                 self._engine = self._load(job)
             summary = run(self._engine, job)

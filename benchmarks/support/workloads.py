@@ -74,7 +74,7 @@ def as_batch(prompts: Sequence[Ids], n_new: int) -> tuple[parallel.Workload, flo
         lines = (json.dumps({"prompt": prompt, "max_tokens": n_new}) for prompt in prompts)
         source.write_text("".join(f"{line}\n" for line in lines))
         options = BatchOptions(
-            source, Path(folder) / "out.jsonl", RequestDefaults(SamplingParameters(temperature=0))
+            [source], Path(folder) / "out.jsonl", RequestDefaults(SamplingParameters(temperature=0))
         )
         with prepared(options) as job:
             return job.workload, job.prompt_ratio

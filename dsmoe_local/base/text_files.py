@@ -16,6 +16,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a ZIP archive, as office documents are", _OFFICE),
     (b"\xd0\xcf\x11\xe0", "an office document", _OFFICE),
     (b"\x1f\x8b", "a gzip file", "unpack it: gunzip"),
+    (b"PAR1", "a Parquet file", "dsmoe-batch reads it, by its name"),
     (b"GGUF", "a GGUF model", "to use it as the model: -m FILE"),
     (b"\x89PNG", *_IMAGE),
     (b"\xff\xd8\xff", *_IMAGE),

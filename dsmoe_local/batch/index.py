@@ -19,7 +19,7 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Starte
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.requests import model_named, request_of
-from dsmoe_local.batch.sources import Source, Span
+from dsmoe_local.batch.sources import Sources, Span
 from dsmoe_local.batch.workload import (
     HASH_BYTES,
     PREFIX_LENGTHS,
@@ -28,6 +28,7 @@ from dsmoe_local.batch.workload import (
     prefix_hashes,
     shared_bytes,
 )
+from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.requests import RequestDefaults
 
 _REPORT_BYTES = 1 << 20
@@ -50,9 +51,9 @@ CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER);
 BEGIN;
 """
 _CHANGED = """
-SELECT min(line.number) FROM record JOIN line ON line.id = record.id WHERE NOT EXISTS (
+SELECT line.number, offset, length FROM record JOIN line ON line.id = record.id WHERE NOT EXISTS (
     SELECT 1 FROM line AS same WHERE same.id = record.id AND same.content = record.content
-)
+) ORDER BY position LIMIT 1
 """
 _FOREIGN = "SELECT count(*) FROM record WHERE NOT EXISTS (SELECT 1 FROM line WHERE line.id = record.id)"
 # The lines that have a record come first, and their records are in the same order.
@@ -84,12 +85,12 @@ _DISK_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOE
 class Resumed:
     """How the records of earlier runs relate to the input.
 
-    `changed_line` is the number of a line that has changed since its record was written, if there is one.
+    `changed_line` is the place of a line that has changed since its record was written, if there is one.
     `n_foreign` records have no line in the input. `in_order`: the records are those of the input's first
     lines, in the order of the input.
     """
 
-    changed_line: int | None
+    changed_line: Span | None
     n_foreign: int
     in_order: bool
 
@@ -161,9 +162,8 @@ class Index:
             "UPDATE line SET record = record.number FROM record"
             " WHERE record.id = line.id AND record.content = line.content"
         )
-        changed, n_foreign, in_order = (
-            value for query in (_CHANGED, _FOREIGN, _IN_ORDER) for (value,) in self._rows(query)
-        )
+        changed = next((Span(*row) for row in self._rows(_CHANGED)), None)
+        n_foreign, in_order = (value for query in (_FOREIGN, _IN_ORDER) for (value,) in self._rows(query))
         return Resumed(changed, n_foreign, bool(in_order))
 
     def plan(self, *, ordered: bool) -> Plan:
@@ -233,15 +233,17 @@ def _blobs(key: Key) -> tuple[bytes, bytes]:
     return key.id.to_bytes(8), key.content.to_bytes(8)
 
 
-def build_index(source: Source, defaults: RequestDefaults, listen: Listener, stop: threading.Event) -> Index:
-    """Read the input once. The caller closes the index.
+def build_index(
+    sources: Sources, defaults: RequestDefaults, listen: Listener, stop: threading.Event
+) -> Index:
+    """Read the inputs once. The caller closes the index.
 
     FormatError if two lines have the same id (their records could not be told apart), if no line can be read,
     or if no line has a field that --keep names. InterruptedRunError if `stop` is set.
     """
     index = Index()
     try:
-        _fill(index, source, defaults, listen, stop)
+        _fill(index, sources, defaults, listen, stop)
     except BaseException:
         index.close()
         raise
@@ -249,14 +251,13 @@ def build_index(source: Source, defaults: RequestDefaults, listen: Listener, sto
 
 
 def _fill(
-    index: Index, source: Source, defaults: RequestDefaults, listen: Listener, stop: threading.Event
+    index: Index, sources: Sources, defaults: RequestDefaults, listen: Listener, stop: threading.Event
 ) -> None:
-    listen(Started("reading", source.n_bytes))
+    listen(Started("reading", sources.n_bytes))
     reported = n_unlimited = 0
     check = _InputCheck()
-    for span, raw in source.spans():
-        line = source.line(span.number, raw)
-        check.add(line)
+    for span, line in sources.lines():
+        check.add(span, line)
         try:
             request = request_of(line, defaults)
         except DsmoeError:
@@ -272,9 +273,9 @@ def _fill(
             reported = span.offset + span.length
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
-    check.finish(source, len(index))
+    check.finish(sources, len(index))
     index.finish()
-    _check_ids(source, index.equal_hashes())
+    _check_ids(sources, index.equal_hashes())
     listen(Finished("reading"))
     if n_unlimited:
         listen(
@@ -289,44 +290,46 @@ class _InputCheck:
     """Detects an input that is wrong as a whole. That is one error, not an error record for each line."""
 
     def __init__(self) -> None:
-        self._first: Line | None = None
+        self._first_error: tuple[Span, RequestError] | None = None
         self._any_valid = False
-        self._missing: set[str] = set()
+        self._missing: set[str] | None = None
 
-    def add(self, line: Line) -> None:
-        if self._first is None:
-            self._first = line
+    def add(self, span: Span, line: Line) -> None:
+        if self._missing is None:
             self._missing = set(line.kept)
-        self._any_valid = self._any_valid or line.error is None
+        if line.error is None:
+            self._any_valid = True
+        elif self._first_error is None:
+            self._first_error = span, line.error
         if self._missing:
             self._missing -= {name for name, value in line.kept.items() if value is not None}
 
-    def finish(self, source: Source, n_lines: int) -> None:
-        if self._first is not None and self._first.error is not None and not self._any_valid:
-            error = self._first.error
+    def finish(self, sources: Sources, n_lines: int) -> None:
+        if self._first_error is not None and not self._any_valid:
+            span, error = self._first_error
             raise FormatError(
                 f"no line of the input can be read: {error.what}",
-                where=f"{source.shown}, line {self._first.number} of {count(n_lines, 'line')}",
+                where=f"{sources.place(span)} of {count(n_lines, 'line')}",
                 remedy="use --text if each line is a prompt" if error.kind == "not_json" else error.remedy,
             )
         if self._missing:
             raise FormatError(
                 f"no line has the field {min(self._missing)!r}, which --keep names",
-                where=source.shown,
+                where=sources.shown,
                 remedy="correct the name, or leave it out of --keep",
             )
 
 
-def _check_ids(source: Source, groups: Iterator[Iterator[Span]]) -> None:
+def _check_ids(sources: Sources, groups: Iterator[Iterator[Span]]) -> None:
     """FormatError if two lines of a group have the same id. Different ids may have the same hash."""
     for group in groups:
-        numbers: dict[str, int] = {}
+        found: dict[str, Span] = {}
         for span in group:
-            line = source.line(span.number, source.read(span))
-            if line.id in numbers:
+            line = sources.line(span)
+            if line.id in found:
                 raise FormatError(
                     f"the id {safe_line(line.id, 60)!r} occurs twice",
-                    where=f"{source.shown}, lines {numbers[line.id]} and {line.number}",
+                    where=f"{sources.place(found[line.id])} and {line.place}",
                     remedy="give every line its own id, or none",
                 )
-            numbers[line.id] = line.number
+            found[line.id] = span

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,28 +13,33 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.index import Index, Plan, build_index
+from dsmoe_local.batch.inputs import STDIN, opened
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.output import Output
+from dsmoe_local.batch.parquet_output import mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.sources import InputForm, Sources
 from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
+from dsmoe_local.batch.urls import Url, check_upload, upload
 from dsmoe_local.batch.workload import BYTES_PER_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import ModelInfo, Request
 from dsmoe_local.protocol.requests import RequestDefaults
 
-STDIN = Path("-")
 REQUESTS = InputForm()
 _SEEDS = 2**31
-_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".txt"})
+_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".txt", ".parquet"})
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
     """What to read, where to write, and how.
+
+    `out` gets the records as they finish. When all are there, they are written to the Parquet file `parquet`,
+    and that file or `out` is uploaded to `address`.
 
     `settings` are the other things that a reply depends on, such as the model: a run with different settings
     cannot continue an output. `names` gives the text that messages show for a setting whose value is a
@@ -42,10 +47,12 @@ class BatchOptions:
     depends on the line only. `max_errors`: stop when more lines than this have failed.
     """
 
-    source: Path
+    sources: Sequence[Path | Url]
     out: Path
     defaults: RequestDefaults
     form: str = "openai"
+    parquet: Path | None = None
+    address: Url | None = None
     input: InputForm = REQUESTS
     settings: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +67,7 @@ class Job:
     """A batch that can be run. `plan` is the work that is left."""
 
     options: BatchOptions
-    source: Source
+    sources: Sources
     index: Index
     output: Output
     summary: BatchSummary
@@ -69,12 +76,9 @@ class Job:
     def line(self, task: int) -> Line:
         """Read the line of a task again; `Index.entry` numbers tasks. FormatError if the line has changed."""
         span, key = self.index.entry(task)
-        line = self.source.line(span.number, self.source.read(span))
+        line = self.sources.line(span)
         if line.key != key:
-            raise FormatError(
-                "the input has changed since the batch started",
-                where=f"{self.source.shown}, line {span.number}",
-            )
+            raise FormatError("the input has changed since the batch started", where=self.sources.place(span))
         return line
 
     def request(self, line: Line) -> Request:
@@ -112,14 +116,35 @@ class Job:
             {"context of a request": context, "threads": str(info.n_threads), "kernels": info.kernels}
         )
 
-    def finish(self) -> None:
-        """Remove the copy of standard input. Must be called only when every line has a record."""
-        if self.options.source == STDIN:
-            spool_path(self.options.out).unlink(missing_ok=True)
+    def finish(self, listen: Listener = ignore, stop: threading.Event | None = None) -> None:
+        """Write the Parquet file, upload the output, and remove the copy of standard input.
+
+        Must be called only when every line has a record. Raises FileError, InterruptedRunError.
+        """
+        options, stop = self.options, stop or threading.Event()
+        if options.parquet:
+            mark = self.output.fingerprint
+            if not options.parquet.exists() or mark_of(options.parquet) != mark:
+                write_parquet(options.out, options.parquet, options.input.keep, mark, listen, stop)
+        if options.address:
+            upload(options.parquet or options.out, options.address, listen, stop)
+        if STDIN in options.sources:
+            spool_path(options.out).unlink(missing_ok=True)
 
 
-def check_paths(options: BatchOptions) -> None:
-    """Check the paths of input and output. Raises UsageError if they are the same file, FileError."""
+def check_paths(options: BatchOptions, stop: threading.Event) -> None:
+    """Check the paths of inputs and outputs. Raises UsageError if two are the same file, FileError."""
+    _check_output(options, stop)
+    for source in options.sources:
+        if source == options.address:
+            raise UsageError(
+                "input and output are the same URL", where=str(source), remedy="name another output"
+            )
+        if isinstance(source, Path) and source != STDIN:
+            _check_input(source, options)
+
+
+def _check_output(options: BatchOptions, stop: threading.Event) -> None:
     folder = options.out.absolute().parent
     if not folder.is_dir():
         raise FileError(
@@ -133,26 +158,47 @@ def check_paths(options: BatchOptions) -> None:
             where=options.out,
             remedy="name a file, so that the next run can continue it",
         )
-    if options.source == STDIN:
-        return
-    for path in (options.out, journal_path(options.out)):
-        if durable.same_file(options.source, path):
+    if options.address and check_upload(options.address, stop):
+        _check_begun(options, str(options.address))
+    if options.parquet and options.parquet.exists():
+        if mark_of(options.parquet) is None:
+            raise FileError(
+                "the output exists, and it is not the output of a batch",
+                where=options.parquet,
+                remedy="name another, or remove it yourself",
+            )
+        _check_begun(options, str(options.parquet))
+
+
+def _check_begun(options: BatchOptions, existing: str) -> None:
+    """FileError if there is an output, but no records to continue."""
+    if not options.restart and not journal_path(options.out).exists():
+        raise FileError(
+            f"the output exists, but the journal {journal_path(options.out).name} does not",
+            where=existing,
+            remedy="run where the batch was begun, or replace the output: --restart",
+        )
+
+
+def _check_input(source: Path, options: BatchOptions) -> None:
+    for path in filter(None, (options.out, journal_path(options.out), options.parquet)):
+        if durable.same_file(source, path):
             raise UsageError(
                 "input and output are the same file", where=str(path), remedy="name another output"
             )
-    if options.source.is_dir():
-        inside = next((path for path in sorted(options.source.iterdir()) if path.suffix in _SUFFIXES), None)
+    if source.is_dir():
+        inside = next((path for path in sorted(source.iterdir()) if path.suffix in _SUFFIXES), None)
         raise FileError(
             "the input is a folder",
-            where=options.source,
+            where=source,
             remedy=f"name a file, such as {inside}" if inside else "name a file with one request per line",
         )
-    if not options.source.exists():
-        raise FileError("the input does not exist", where=options.source)
-    if not options.source.is_file():
+    if not source.exists():
+        raise FileError("the input does not exist", where=source)
+    if not source.is_file():
         raise FileError(
             "the input is not a regular file, which can be read more than once",
-            where=options.source,
+            where=source,
             remedy="use - as the input, and pipe the lines in",
         )
 
@@ -167,16 +213,17 @@ def prepared(
     LockedError, FormatError (the input), InterruptedRunError.
     """
     stop = stop or threading.Event()
-    check_paths(options)
+    check_paths(options, stop)
     if options.out.is_symlink():
         # The journal and the lock belong to the file that the link points to.
         options = replace(options, out=options.out.resolve())
     with ExitStack() as stack:
         stack.enter_context(durable.locked(options.out))
-        spool = stack.enter_context(spooled(options.out, stop)) if options.source == STDIN else None
-        source = Source(options.source, options.input) if spool is None else spool.source(options.input)
-        stack.enter_context(closing(source))
-        index = stack.enter_context(closing(build_index(source, options.defaults, listen, stop)))
+        spool = stack.enter_context(spooled(options.out, stop)) if STDIN in options.sources else None
+        sources = stack.enter_context(
+            opened(options.sources, options.input, spool, options.out.absolute().parent, listen, stop)
+        )
+        index = stack.enter_context(closing(build_index(sources, options.defaults, listen, stop)))
         summary = BatchSummary(n_requests=len(index))
 
         def visit(key: Key, failure: str) -> None:
@@ -189,13 +236,15 @@ def prepared(
         output = stack.enter_context(
             Output(options.out, _settings(options), visit, names=options.names, restart=options.restart)
         )
-        _resume(index, summary, source, listen, ordered=options.ordered)
+        _resume(index, summary, sources, listen, ordered=options.ordered)
         if spool:
             spool.keep()
-        yield Job(options, source, index, output, summary, index.plan(ordered=options.ordered))
+        yield Job(options, sources, index, output, summary, index.plan(ordered=options.ordered))
 
 
-def _resume(index: Index, summary: BatchSummary, source: Source, listen: Listener, *, ordered: bool) -> None:
+def _resume(
+    index: Index, summary: BatchSummary, sources: Sources, listen: Listener, *, ordered: bool
+) -> None:
     """Mark the lines that have a record. FileError if one of them has changed since."""
     if not summary.n_resumed:
         return
@@ -203,7 +252,7 @@ def _resume(index: Index, summary: BatchSummary, source: Source, listen: Listene
     if resumed.changed_line is not None:
         raise FileError(
             "a line has changed since its record was written",
-            where=f"{source.shown}, line {resumed.changed_line}",
+            where=sources.place(resumed.changed_line),
             remedy="give the new line its own id, or start over: --restart",
         )
     listen(Note(f"{count(summary.n_resumed, 'record')} from earlier runs"))
@@ -229,6 +278,7 @@ def _settings(options: BatchOptions) -> dict[str, str]:
         "chat": options.input.chat,
         "id_field": options.input.id_field,
         "keep": list(options.input.keep) or None,
+        "address": options.address,
         "deterministic": options.deterministic,
     }
     chosen = {**options.settings, **asdict(options.defaults.sampling), **own}

@@ -13,7 +13,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.errors import RequestError, describe
 
 MAX_LINE = 64 << 20
-_ID_FIELDS = ("custom_id", "id")
+ID_FIELDS = ("custom_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,14 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One input line. `number` counts from 1, `id` is that of its record, `values` are the fields of the
-    request (none if there is an `error`), `kept` the fields that are copied to the record.
+    """One line of an input, or one row of a Parquet file.
+
+    `number` counts from 1, `place` is its name in messages, `id` is that of its record. `values` are the
+    fields of the request (none if there is an `error`), `kept` the fields that are copied to the record.
     """
 
     number: int
+    place: str
     id: str
     key: Key
     values: Mapping[str, Any]
@@ -55,17 +58,17 @@ def key_of(name: str, raw: bytes, values: Mapping[str, Any], kept: Mapping[str, 
     return Key(hash64(name.encode()), hash64(content))
 
 
-def id_of(number: int, values: Mapping[str, Any], id_field: str | None) -> str:
-    """Return a line's id: from the field `id_field`, or else from `id` or `custom_id`, or else `line-N`.
+def id_of(values: Mapping[str, Any], id_field: str | None, default: str) -> str:
+    """Return a line's id: from the field `id_field`, or else from `id` or `custom_id`, or else `default`.
 
     RequestError if `id_field` is missing or the value is not an id.
     """
-    found = [field_of(values, id_field)] if id_field else [values.get(name) for name in _ID_FIELDS]
+    found = [field_of(values, id_field)] if id_field else [values.get(name) for name in ID_FIELDS]
     named = [value for value in found if value is not None and value != ""]
     if not named and id_field:
         raise RequestError(f"the id field {safe_line(id_field, 40)!r} is missing", kind="missing_field")
     if not named:
-        return f"line-{number}"
+        return default
     if len(named) > 1 and named[0] != named[1]:
         raise RequestError("id and custom_id differ")
     if isinstance(named[0], bool) or not isinstance(named[0], str | int):

@@ -91,6 +91,14 @@ class Output:
         self._extent = journal.compare(out, visit)
         self._loaded_before = header.loaded
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the records, all of which are written: the journal's size and checksum."""
+        files = self._files
+        if files is None:
+            raise ValueError("the output is not open")
+        return f"{files.extent.journal}-{files.extent.checksum:08x}"
+
     def require(self, loaded: Settings) -> None:
         """Set the settings that are known once the model is loaded. FileError if they have changed."""
         if self._loaded_before is not None:

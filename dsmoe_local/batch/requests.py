@@ -18,7 +18,7 @@ from dsmoe_local.protocol.requests import (
     unknown_fields,
 )
 
-_ENVELOPE = frozenset({"method", "url", "body"})
+ENVELOPE = frozenset({"method", "url", "body"})
 _IDS = frozenset({"id", "custom_id"})
 
 
@@ -37,7 +37,7 @@ def request_values(values: Mapping[str, Any], extra: Collection[str]) -> Mapping
 
     The fields of its body are filtered likewise.
     """
-    foreign = set(extra) - KNOWN - _ENVELOPE
+    foreign = set(extra) - KNOWN - ENVELOPE
     rest = {name: value for name, value in values.items() if name not in foreign | _IDS}
     if foreign and isinstance(body := rest.get("body"), Mapping):
         rest["body"] = {name: value for name, value in body.items() if name not in foreign}
@@ -52,7 +52,7 @@ def model_named(line: Line) -> str:
 
 
 def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    if foreign := sorted(set(values) - _ENVELOPE):
+    if foreign := sorted(set(values) - ENVELOPE):
         raise RequestError(f"unknown field {safe_line(foreign[0], 40)!r} beside body")
     method, url, body = values.get("method", "POST"), values.get("url"), values["body"]
     if method != "POST":

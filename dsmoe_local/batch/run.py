@@ -73,7 +73,7 @@ def run(
         job.summary.seconds = time.perf_counter() - began
     work.check_done()
     listen(Finished("answering"))
-    job.finish()
+    job.finish(listen, stop)
     return job.summary
 
 
@@ -284,7 +284,7 @@ class _Run:
 
     def _fail(self, task: int, line: Line, error: DsmoeError) -> None:
         code, message = describe(error)
-        message = f"line {line.number}: {message}"
+        message = f"{line.place}: {message}"
         failure = Failure(line.id, line.number, code, message, kind_of(error))
         self._emit(task, line, failure)
 

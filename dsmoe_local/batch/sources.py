@@ -1,4 +1,4 @@
-"""Read a batch's input: JSON lines, plain lines or CSV, one at a time, and again by offset."""
+"""Read the inputs of a batch: JSON lines, plain lines or CSV, one at a time, and again by offset."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import io
 import json
 import os
 import string
+from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.text import count, safe_line
@@ -124,24 +126,36 @@ class Span:
 class Source:
     """An input file of any size; lines are decoded one at a time."""
 
-    def __init__(self, path: Path, form: InputForm, shown: str = "", n_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        form: InputForm,
+        shown: str = "",
+        n_bytes: int | None = None,
+        *,
+        file: BinaryIO | None = None,
+        unit: str = "line",
+    ) -> None:
         """Open the file and check its kind. Raises UsageError, FileError, or FormatError if it is not text.
 
-        `shown` is its name in messages. `n_bytes` limits what is read of it.
+        `shown` is its name in messages. `n_bytes` limits what is read of it. `file` has its content if there
+        is none at `path`. `unit` is what a line was in the user's input: a line or a row.
         """
         self.shown = shown or str(path)
+        self.unit = unit
+        self._name = path.name
+        self._is_only = True
         self._form = form
         self._delimiter = None if form.text else _DELIMITERS.get(path.suffix.lower())
         if self._delimiter and form.template is None:
             raise UsageError("CSV needs a template", remedy="add --template '…{column}…'")
-        self._columns: list[str] = []
-        with self._reading():
-            self._file = path.open("rb")
+        with reading(self.shown):
+            self._file = file or path.open("rb")
             self.n_bytes = os.fstat(self._file.fileno()).st_size if n_bytes is None else n_bytes
             try:
+                self._file.seek(0)
                 _check_text(self._file.read(_SAMPLE), self.shown)
-                if self._delimiter:
-                    self._columns = self._read_header()
+                self._columns = self._read_header() if self._delimiter else []
             except BaseException:
                 self._file.close()
                 raise
@@ -150,9 +164,13 @@ class Source:
         """Close the file."""
         self._file.close()
 
+    def share(self) -> None:
+        """Make the ids and places of lines name the file: it is one of several inputs."""
+        self._is_only = False
+
     def spans(self) -> Iterator[tuple[Span, bytes]]:
         """Yield the place and the bytes of every line that is not empty."""
-        with self._reading():
+        with reading(self.shown):
             found = self._rows() if self._delimiter else self._raw_lines()
             header = bool(self._delimiter)
             for span, raw in found:
@@ -163,24 +181,25 @@ class Source:
 
     def read(self, span: Span) -> bytes:
         """Return the bytes of a line."""
-        with self._reading():
+        with reading(self.shown):
             self._file.seek(span.offset)
             return self._file.read(span.length)
 
     def line(self, number: int, raw: bytes) -> Line:
         """Parse a line. If it is not valid, the result has an `error`."""
         kept: Mapping[str, Any] = dict.fromkeys(self._form.keep)
-        name = f"line-{number}"
+        name = f"{self.unit}-{number}" if self._is_only else f"{self._name}:{number}"
+        place = f"{self.unit} {number}" if self._is_only else f"{self.shown}, {self.unit} {number}"
         request: Mapping[str, Any] = {}
         error = None
         try:
             values = self._values(raw)
             kept = {field: field_of(values, field) for field in self._form.keep}
-            name = id_of(number, values, self._form.id_field)
+            name = id_of(values, self._form.id_field, name)
             request = self._request_values(values)
         except RequestError as caught:
             error = caught
-        return Line(number, name, key_of(name, raw, request, kept), request, error, kept)
+        return Line(number, place, name, key_of(name, raw, request, kept), request, error, kept)
 
     def _values(self, raw: bytes) -> Mapping[str, Any]:
         if len(raw) > lines.MAX_LINE:
@@ -262,13 +281,6 @@ class Source:
                     return
             yield Span(begun[0].number, begun[0].offset, len(raw)), bytes(raw)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise FileError(f"the input cannot be read: {error.strerror}", where=self.shown) from error
-
     def _raw_lines(self) -> Iterator[tuple[Span, bytes]]:
         """Yield lines, split only at b"\\n"."""
         self._file.seek(0)
@@ -289,6 +301,66 @@ class Source:
             n_skipped = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
             yield Span(number, offset + n_skipped, len(raw) - n_skipped), raw[n_skipped:]
             offset = end
+
+
+class Sources:
+    """The inputs of a batch, one after the other. The offsets of spans count through all of them."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Take over the sources, in their order."""
+        self._sources = sources
+        self._begins = [0, *accumulate(source.n_bytes for source in sources)]
+        if len(sources) > 1:
+            for source in sources:
+                source.share()
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all inputs."""
+        return self._begins[-1]
+
+    @property
+    def shown(self) -> str:
+        """The name of the input in messages."""
+        first, *others = self._sources
+        return first.shown + (f" and {count(len(others), 'other input')}" if others else "")
+
+    def lines(self) -> Iterator[tuple[Span, Line]]:
+        """Yield every line that is not empty, with its place."""
+        for source, begin in zip(self._sources, self._begins, strict=False):
+            for span, raw in source.spans():
+                yield replace(span, offset=begin + span.offset), source.line(span.number, raw)
+
+    def line(self, span: Span) -> Line:
+        """Read a line again."""
+        source, within = self._find(span)
+        return source.line(span.number, source.read(within))
+
+    def place(self, span: Span) -> str:
+        """Name a line in a message: its file and its number."""
+        source, _ = self._find(span)
+        return f"{source.shown}, {source.unit} {span.number}"
+
+    def _find(self, span: Span) -> tuple[Source, Span]:
+        """Return the source that a span lies in, and the span in it."""
+        index = bisect(self._begins, span.offset) - 1
+        return self._sources[index], replace(span, offset=span.offset - self._begins[index])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources:
+            source.close()
+
+
+@contextmanager
+def reading(shown: str) -> Iterator[None]:
+    """Raise OSError as FileError. `shown` is the name of the input."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"the input cannot be read: {error.strerror}", where=shown) from error
 
 
 def _check_text(sample: bytes, shown: str) -> None:

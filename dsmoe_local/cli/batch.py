@@ -15,6 +15,7 @@ import click
 
 from dsmoe_local.base.durable import same_file
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.batch.urls import Url, parse_location
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.model_argument import find_model, model_option
 from dsmoe_local.cli.model_options import load_engine, model_options
@@ -26,7 +27,6 @@ from dsmoe_local.cli.options import (
     json_option,
     option,
     parsed,
-    path_value,
     text_value,
     typed,
 )
@@ -68,19 +68,28 @@ def _field_names(text: str) -> tuple[str, ...]:
     return names
 
 
+class _Location(click.Path):
+    """The type of a path or a URL."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Return a Path or a Url."""
+        return parse_location(value) if isinstance(value, str) else value
+
+
 @define_command(
     "batch",
     ("dsmoe batch in.jsonl -o out.jsonl -m m.gguf", "Answer requests."),
     ("dsmoe batch q.txt --text --chat -o out.jsonl", "One question per line."),
     ('dsmoe batch w.csv --template "Define {word}." -o out.jsonl', "Fill in a column of a table."),
-    options_metavar="-o OUT.jsonl [OPTIONS]",
+    ("dsmoe batch 's3://b/*.parquet' -o out.parquet", "Read and write Parquet."),
+    options_metavar="-o OUT [OPTIONS]",
 )
-@click.argument("source", metavar="IN.jsonl|-", type=click.Path(path_type=Path))
+@click.argument("sources", metavar="IN...", nargs=-1, required=True, type=_Location())
 @option(
     "-o, --output",
     "out",
-    "File for the records. An existing one is continued.",
-    path_value("OUT.jsonl"),
+    "File or URL for the records, .jsonl or .parquet. An existing one is continued.",
+    typed(_Location(), "OUT"),
     required=True,
 )
 @model_option
@@ -96,7 +105,7 @@ def _field_names(text: str) -> tuple[str, ...]:
 @option(
     "--template",
     "template",
-    'Prompt with {fields} of JSONL or CSV input: "Translate: {en}".',
+    'Prompt with {fields} of JSONL, CSV or Parquet input: "Translate: {en}".',
     TEXT,
     Group.INPUT,
 )
@@ -112,10 +121,10 @@ def _field_names(text: str) -> tuple[str, ...]:
 @option(
     "--format",
     "form",
-    "Form of the records: OpenAI's, or {id, text, finish_reason, usage, timing, error}.",
+    "Form of JSON records: OpenAI's, or {id, text, finish_reason, usage, timing, error}.",
     choice("openai", "simple"),
     Group.OUTPUT,
-    default="openai",
+    shown="openai",
 )
 @option(
     "--keep",
@@ -146,29 +155,29 @@ def _field_names(text: str) -> tuple[str, ...]:
 @model_options
 @reply_options
 def command(
-    source: Path,
+    sources: tuple[Path | Url, ...],
     named_model: str | None,
     n_parallel: int,
     deterministic: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> int:
-    """Answer a file of prompts, one JSON object per line; - is stdin.
+    """Answer files of prompts: JSONL, CSV or Parquet, at paths or URLs; - is stdin.
 
-    A line is a request of OpenAI's batch API, or has {"prompt": ...} or {"messages": [...]}. It may also have
-    "id", "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", ...). After a crash or
-    a kill, the same command continues the run; no record is lost or duplicated. An invalid line becomes an
-    error record, and the exit status is then 1.
+    A line or row is a request of OpenAI's batch API, or has {"prompt": ...} or {"messages": [...]}. It may
+    also have "id", "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", ...). After
+    a crash or a kill, the same command continues the run; no record is lost or duplicated. An invalid line
+    becomes an error record, and the exit status is then 1.
     """
     from dsmoe_local.batch.job import prepared
     from dsmoe_local.batch.run import run
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
     model = find_model(named_model=named_model)
-    _check_outputs(model, values["out"], values["log_file"])
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
-    options = _options(source, model, n_parallel if deterministic else None, values)
+    options = _options(sources, model, n_parallel if deterministic else None, values)
+    _check_outputs(model, options, values["log_file"])
     stop = threading.Event()
     with ExitStack() as stack:
         job = run_with_progress(
@@ -181,18 +190,19 @@ def command(
             run_with_progress(lambda listen, stop: run(engine, job, listen, stop), stop)
         else:
             job.output.open()
-            job.finish()
+            run_with_progress(job.finish, stop)
     _show(job.summary, as_json)
     return 1 if job.summary.n_failed else 0
 
 
-def _check_outputs(model: Path, out: Path, log_file: Path | None) -> None:
-    """Raise UsageError if an output is the model, or if both outputs are the same file."""
-    for flag, path in (("-o", out), ("--log-file", log_file)):
+def _check_outputs(model: Path, options: BatchOptions, log_file: Path | None) -> None:
+    """Raise UsageError if an output is the model, or if two outputs are the same file."""
+    outputs = [options.out, *([options.parquet] if options.parquet else [])]
+    for flag, path in (*(("-o", out) for out in outputs), ("--log-file", log_file)):
         if path is not None and same_file(path, model):
             raise UsageError(f"{flag} names the model", where=str(path), remedy="name another file")
-    if log_file is not None and log_file.absolute() == out.absolute():
-        raise UsageError("-o and --log-file name the same file", where=str(out))
+    if log_file is not None and log_file.absolute() in [out.absolute() for out in outputs]:
+        raise UsageError("-o and --log-file name the same file", where=str(log_file))
 
 
 def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
@@ -208,7 +218,9 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
     return choose_parallel(options, job.workload, n_parallel or None)
 
 
-def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:
+def _options(
+    sources: tuple[Path | Url, ...], model: Path, n_deterministic: int | None, values: dict[str, Any]
+) -> BatchOptions:
     """Remove the options of the batch itself from `values`. UsageError for wrong values."""
     from dsmoe_local.batch.job import BatchOptions
     from dsmoe_local.batch.sources import InputForm, parse_template
@@ -216,7 +228,7 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
 
     replies, template = reply_settings(values), values.pop("template")
     return BatchOptions(
-        source=source,
+        sources=sources,
         defaults=RequestDefaults(
             replies.sampling,
             replies.max_tokens,
@@ -234,8 +246,27 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
         names=_names(model, values),
         settings=_settings(model, n_deterministic, values),
         deterministic=n_deterministic is not None,
-        **{name: values.pop(name) for name in ("out", "form", "ordered", "restart", "max_errors")},
+        **_destination(values.pop("out"), values.pop("form")),
+        **{name: values.pop(name) for name in ("ordered", "restart", "max_errors")},
     )
+
+
+def _destination(named: Path | Url, form: str | None) -> dict[str, Any]:
+    """Return the options that say where the records are written, and in what form."""
+    from dsmoe_local.batch.parquet_input import SUFFIXES
+
+    # What goes to a URL is written here first, in the current folder.
+    local = named if isinstance(named, Path) else Path(named.name)
+    if not local.name:
+        raise UsageError("the output has no name", where=str(named), remedy="name a file")
+    address = None if isinstance(named, Path) else named
+    if local.suffix.lower() not in SUFFIXES:
+        return {"out": local, "address": address, "form": form or "openai"}
+    if form == "openai":
+        raise UsageError("a Parquet file has columns of its own", remedy="leave out --format openai")
+    local = local.resolve() if local.is_symlink() else local
+    records = local.with_name(f"{local.name}.jsonl")
+    return {"out": records, "parquet": local, "address": address, "form": "simple"}
 
 
 def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) -> dict[str, str]:

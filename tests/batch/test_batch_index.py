@@ -24,7 +24,7 @@ from dsmoe_local.batch import index as module
 from dsmoe_local.batch import sources
 from dsmoe_local.batch.index import Index, Plan, Resumed, build_index
 from dsmoe_local.batch.lines import Key, hash64
-from dsmoe_local.batch.sources import InputForm, Source, Span
+from dsmoe_local.batch.sources import InputForm, Source, Sources, Span
 from dsmoe_local.batch.workload import cost, prefix_hashes
 from dsmoe_local.engine.types import Message, Prompt, Request
 
@@ -32,15 +32,15 @@ from dsmoe_local.engine.types import Message, Prompt, Request
 def build(
     folder: Path, *lines: str | dict[str, Any], stop: threading.Event | None = None, listen: Any = ignore
 ) -> Index:
-    with closing(Source(write_lines(folder / "in.jsonl", lines), InputForm())) as source:
-        return build_index(source, GREEDY, listen, stop or threading.Event())
+    with Sources([Source(write_lines(folder / "in.jsonl", lines), InputForm())]) as inputs:
+        return build_index(inputs, GREEDY, listen, stop or threading.Event())
 
 
 def test_ids_are_unique(tmp_path: Path) -> None:
     """Guards: two records that cannot be told apart, noticed after hours."""
     with pytest.raises(FormatError, match="line-2") as refusal:
         build(tmp_path, {"id": "a", "prompt": "x"}, {"prompt": "y"}, {"custom_id": "line-2", "prompt": "z"})
-    assert "lines 2 and 3" in str(refusal.value)
+    assert "in.jsonl, line 2 and line 3" in str(refusal.value)
 
 
 def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_an_id_that_all_lines_have_is_refused_at_once(
     monkeypatch.setattr(module, "Span", counted)
     with pytest.raises(FormatError, match="'a' occurs twice") as refusal:
         build(tmp_path, *['{"id": "a", "prompt": "x"}'] * 50_000)
-    assert "lines 1 and 2" in str(refusal.value)
+    assert "in.jsonl, line 1 and line 2" in str(refusal.value)
     assert [span.number for span in spans] == [1, 2]
 
 
@@ -75,7 +75,7 @@ def test_equal_ids_behind_an_equal_hash(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sources, "key_of", lambda name, raw, values, kept: Key(7, hash64(name.encode())))
     with pytest.raises(FormatError, match="'a' occurs twice") as refusal:
         build(tmp_path, *({"id": name, "prompt": "x"} for name in "abcad"))
-    assert "lines 1 and 4" in str(refusal.value)
+    assert "in.jsonl, line 1 and line 4" in str(refusal.value)
 
 
 def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
@@ -155,7 +155,9 @@ def test_changed_lines_are_found() -> None:
     with closing(filled(4)) as index:
         for number in (0, 3, 2):
             index.add_record(Key(number, number))
-        assert index.resume().changed_line == 1
+        changed = index.resume().changed_line
+        assert changed is not None
+        assert changed.number == 1
 
 
 def test_a_full_disk_is_an_error_in_words() -> None:
@@ -299,7 +301,7 @@ from dsmoe_local.protocol.requests import RequestDefaults
 from dsmoe_local.engine.types import SamplingParameters
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-options = BatchOptions(Path(sys.argv[1]), Path(sys.argv[2]), RequestDefaults(SamplingParameters()))
+options = BatchOptions([Path(sys.argv[1])], Path(sys.argv[2]), RequestDefaults(SamplingParameters()))
 with prepared(options) as job:
     n = job.plan.n_lines
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / n)

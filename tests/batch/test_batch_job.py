@@ -198,12 +198,12 @@ def test_input_and_output_are_different_files(tmp_path: Path) -> None:
     """Guards: an input lost, through a link or because it is called like a journal."""
     options = batch(tmp_path, {"prompt": "a"}, restart=True)
     for make in (Path.hardlink_to, Path.symlink_to):
-        make(options.out, options.source)
+        make(options.out, tmp_path / "in.jsonl")
         with pytest.raises(UsageError, match="same file"):
             run_batch(FakeEngine(), options)
         options.out.unlink()
     with pytest.raises(UsageError, match="same file"):
-        run_batch(FakeEngine(), replace(options, source=write_lines(journal_path(options.out), ["{}"])))
+        run_batch(FakeEngine(), replace(options, sources=[write_lines(journal_path(options.out), ["{}"])]))
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_an_output_behind_a_link(tmp_path: Path) -> None:
 def test_input_that_can_be_read_only_once_is_refused(tmp_path: Path) -> None:
     """Guards: a pipe that the index empties, so that no record is written and the run succeeds."""
     options = batch(tmp_path)
-    options.source.unlink()
-    os.mkfifo(options.source)
+    (tmp_path / "in.jsonl").unlink()
+    os.mkfifo(tmp_path / "in.jsonl")
     with pytest.raises(FileError, match="regular file"):
         run_batch(FakeEngine(), options)
     assert not options.out.exists()
@@ -440,7 +440,7 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
     """Guards: answers to a line that was not indexed."""
     options: BatchOptions = batch(tmp_path, {"prompt": "a"})
     with prepared(options) as job:
-        write_lines(options.source, [{"prompt": "b"}])
+        write_lines(tmp_path / "in.jsonl", [{"prompt": "b"}])
         with pytest.raises(Exception, match="changed since"):
             job.line(0)
 

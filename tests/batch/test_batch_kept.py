@@ -74,7 +74,7 @@ def test_columns(tmp_path: Path) -> None:
     """Guards: a table whose ids are line numbers; a misspelt column found on every row, or never."""
     table = write_lines(tmp_path / "in.csv", ["key,label,text", 'k1,"a, b",x', "k2,,y", ",c,z"])
     form = InputForm(template=parse_template("{text}!"), id_field="key", keep=("label", "key"))
-    options = batch(tmp_path, source=table, input=form)
+    options = batch(tmp_path, sources=[table], input=form)
     found = by_id(answer(FakeEngine(), options))
     assert {name: record["kept"] for name, record in found.items()} == {
         "k1": {"label": "a, b", "key": "k1"},

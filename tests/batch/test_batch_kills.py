@@ -30,7 +30,7 @@ def work(source: str, piped: str, out: str) -> None:
     batch_run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
     defaults = RequestDefaults(SamplingParameters(temperature=1))
     named = Path("-") if piped else Path(source)
-    options = BatchOptions(named, Path(out), defaults, "simple", deterministic=True)
+    options = BatchOptions([named], Path(out), defaults, "simple", deterministic=True)
     sys.stdin = Path(source).open()  # noqa: SIM115 - open until the process ends
     run_batch(FakeEngine(n_parallel=2), options)
 

@@ -38,7 +38,7 @@ PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
 def test_an_input_of_a_wrong_kind(tmp_path: Path, content: bytes, form: InputForm, told: str) -> None:
     """Guards: an error record for each line of a PDF."""
     options = batch(tmp_path, input=form)
-    options.source.write_bytes(content)
+    (tmp_path / "in.jsonl").write_bytes(content)
     with pytest.raises(FormatError) as refusal:
         run_batch(FakeEngine(), options)
     assert told in str(refusal.value)
@@ -56,13 +56,13 @@ def test_a_folder_or_nothing_as_input(tmp_path: Path) -> None:
     """Guards: advice that does not help, such as to pipe a folder in."""
     options = batch(tmp_path)
     with pytest.raises(FileError, match="the input does not exist"):
-        run_batch(FakeEngine(), replace(options, source=tmp_path / "missing"))
+        run_batch(FakeEngine(), replace(options, sources=[tmp_path / "missing"]))
     with pytest.raises(FileError, match="the input is a folder") as refusal:
-        run_batch(FakeEngine(), replace(options, source=tmp_path))
+        run_batch(FakeEngine(), replace(options, sources=[tmp_path]))
     assert refusal.value.remedy == f"name a file, such as {tmp_path / 'in.jsonl'}"
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match="name a file with one request per line"):
-        run_batch(FakeEngine(), replace(options, source=tmp_path / "empty"))
+        run_batch(FakeEngine(), replace(options, sources=[tmp_path / "empty"]))
 
 
 def test_why_lines_failed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.index import build_index
 from dsmoe_local.batch.lines import kind_of
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, Source, parse_template
+from dsmoe_local.batch.sources import InputForm, Source, Sources, parse_template
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -74,13 +74,12 @@ CSV_FORMS = (InputForm(template=TEMPLATE, keep=("label",)), InputForm(template=T
 
 def read_all(path: Path, form: InputForm) -> None:
     """Read every line as a run does. Raises the first error of a line."""
-    source = Source(path, form)
     errors: list[DsmoeError] = []
-    try:
-        index = build_index(source, GREEDY, ignore, threading.Event())
+    with Sources([Source(path, form)]) as sources:
+        index = build_index(sources, GREEDY, ignore, threading.Event())
         for turn in range(index.plan(ordered=True).n_lines):
             span, key = index.entry(turn)
-            line = source.line(span.number, source.read(span))
+            line = sources.line(span)
             assert line.key == key
             assert set(line.kept) == set(form.keep)
             json.dumps(line.kept, ensure_ascii=False, allow_nan=False).encode()
@@ -89,8 +88,6 @@ def read_all(path: Path, form: InputForm) -> None:
             except DsmoeError as error:
                 json.dumps([describe(error), kind_of(error)], ensure_ascii=False).encode()
                 errors.append(error)
-    finally:
-        source.close()
     if errors:
         raise errors[0]
 

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from support.batches import by_id, records, write_lines
 from support.models import tiny_model
 
@@ -19,7 +21,7 @@ COMMAND = "from dsmoe_local.cli.main import batch; batch()"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def words(source: Path | str, out: Path, *more: str) -> list[str]:
+def words(source: Path | str, out: Path | str, *more: str) -> list[str]:
     return [
         sys.executable,
         "-c",
@@ -36,7 +38,11 @@ def words(source: Path | str, out: Path, *more: str) -> list[str]:
 
 
 def run(
-    source: Path | str, out: Path, *more: str, given: bytes | None = None
+    source: Path | str,
+    out: Path | str,
+    *more: str,
+    given: bytes | None = None,
+    folder: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         words(source, out, *more),
@@ -44,6 +50,7 @@ def run(
         stdin=subprocess.DEVNULL if given is None else None,
         capture_output=True,
         env=ENVIRONMENT,
+        cwd=folder,
         check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -112,6 +119,35 @@ def test_forms_of_input(tmp_path: Path) -> None:
     assert run("-", tmp_path / "none.jsonl", given=b"").returncode == 2
 
 
+def test_parquet_and_several_inputs(tmp_path: Path) -> None:
+    """Guards: a table, a URL or a second file that only the library can read; records it lacks."""
+    table, more = tmp_path / "in.parquet", write_lines(tmp_path / "more.jsonl", [{"prompt": "fox", "n": 2}])
+    parquet.write_table(pa.table({"id": ["a", "b"], "prompt": ["The", "quick"], "source": ["x", "y"]}), table)
+    out = tmp_path / "out.parquet"
+    done = run(table, out, f"file://{more}", "-n", "2", "--keep", "source")
+    assert done.returncode == 0, done.stderr
+    assert "3 records;" in done.stderr
+    rows = parquet.read_table(out).to_pylist()
+    assert {(row["id"], row["index"], row["kept"]["source"]) for row in rows} == {
+        *(("a", 0, "x"), ("b", 0, "y"), ("more.jsonl:1", 0, None), ("more.jsonl:1", 1, None))
+    }
+    assert all(row["usage"]["completion_tokens"] > 0 for row in rows if row["index"] == 0)
+    assert run(table, out, f"file://{more}", "-n", "2", "--keep", "source").returncode == 0
+    done = run(table, out, "--restart")
+    assert done.returncode == 1
+    assert "the column 'source' is not a field of a request" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_output_at_a_url(tmp_path: Path) -> None:
+    """Guards: an output that is not where the command says."""
+    source, there = write_lines(tmp_path / "in.jsonl", [{"prompt": "The"}]), tmp_path / "there"
+    there.mkdir()
+    done = run(source, f"file://{there}/out.jsonl", "-n", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (there / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -124,6 +160,8 @@ def test_forms_of_input(tmp_path: Path) -> None:
         (["--template", "plain"], "names no field"),
         (["--chat"], "--chat is for"),
         (["--max-errors", "-1"], "--max-errors"),
+        (["-o", "out.parquet", "--format", "openai"], "a Parquet file has columns of its own"),
+        (["-o", "https://host/out.jsonl"], "the output cannot be at a web address"),
     ],
 )
 def test_refusals(tmp_path: Path, options: list[str], message: str) -> None:

@@ -45,7 +45,7 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (("completion",), ["Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish"]),
         (
             ("batch", "in.jsonl", "out.jsonl"),
-            ["Missing option '-o' / '--output'.", "Usage: dsmoe batch -o OUT.jsonl [OPTIONS] IN.jsonl|-"],
+            ["Missing option '-o' / '--output'.", "Usage: dsmoe batch -o OUT [OPTIONS] IN..."],
         ),
         (
             ("chat", "-p", "x", "--preset", "calm"),

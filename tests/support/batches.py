@@ -35,7 +35,7 @@ def write_lines(path: Path, lines: Iterable[str | bytes | dict[str, Any]]) -> Pa
 def batch(folder: Path, *lines: str | bytes | dict[str, Any], **options: Any) -> BatchOptions:
     """Return a batch of these lines, in the simple format unless `options` say otherwise."""
     source = write_lines(folder / "in.jsonl", lines)
-    return replace(BatchOptions(source, folder / "out.jsonl", GREEDY, form="simple"), **options)
+    return replace(BatchOptions([source], folder / "out.jsonl", GREEDY, form="simple"), **options)
 
 
 def run_batch(

@@ -1,0 +1,173 @@
+"""Read the rows of a Parquet file as JSON lines, a few at a time. Needs pyarrow."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dsmoe_local.base.errors import FormatError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.batch.lines import ID_FIELDS
+from dsmoe_local.batch.requests import ENVELOPE
+from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.protocol.requests import KNOWN
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".parquet", ".pq")
+_MAGIC = b"PAR1"
+_PAGE_BUFFER = 1 << 20
+# Rows that are decoded at once. A prompt may be long, and be stored once for many rows.
+_ROWS = 64
+_EXACT = 2**53  # floats below this are exact integers
+# pandas stores the index of a data frame in such columns.
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+
+
+def is_parquet(path: Path, beginning: bytes) -> bool:
+    """Return True if a file is a Parquet file by its name or its first bytes."""
+    return path.suffix.lower() in SUFFIXES or beginning.startswith(_MAGIC)
+
+
+@contextmanager
+def needs_pyarrow() -> Iterator[None]:
+    """Raise MissingExtraError if pyarrow, which the block imports, is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError("parquet", "pyarrow", "Parquet files") from error
+
+
+def write_rows(
+    source: BinaryIO, shown: str, form: InputForm, target: BinaryIO, listen: Listener, stop: threading.Event
+) -> None:
+    """Write each row of a Parquet file to `target` as a line of JSON: an object with its columns.
+
+    `shown` is the file's name in messages. Null values are left out. Columns that a template does not use are
+    not read. Raises UsageError for a form without fields, MissingExtraError, FormatError if the file is
+    damaged or has columns that no request has, InterruptedRunError.
+    """
+    if form.text:
+        raise UsageError(
+            "--text is for lines of text, and a Parquet file has columns",
+            where=shown,
+            remedy="name the column with the prompt: --template '{column}'",
+        )
+    with needs_pyarrow():
+        import pyarrow as pa
+        from pyarrow import parquet
+    n_rows = 0
+    try:
+        file = parquet.ParquetFile(
+            source,
+            buffer_size=_PAGE_BUFFER,  # reads a column page by page, not as a whole
+            pre_buffer=False,
+            page_checksum_verification=True,
+            arrow_extensions_enabled=False,
+        )
+        columns = _columns(file.schema_arrow, form, shown)
+        listen(Started("reading rows", file.metadata.num_rows, unit="rows"))
+        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            for row in _rows(batch.select(columns), n_rows, shown):
+                target.write(json.dumps(_as_json(row), ensure_ascii=False).encode() + b"\n")
+            n_rows += batch.num_rows
+            listen(Advanced(batch.num_rows))
+            if stop.is_set():
+                raise InterruptedRunError("interrupted: the input was not read to its end")
+    except (pa.ArrowException, OSError, MemoryError, RecursionError, UnicodeDecodeError) as error:
+        place = f"{shown}, after row {n_rows:,}" if n_rows else shown
+        reason = safe_line(str(error).partition("\n")[0], 200) or type(error).__name__
+        raise FormatError(f"the Parquet file cannot be read: {reason}", where=place) from error
+    target.flush()
+    listen(Finished("reading rows"))
+
+
+def _columns(schema: pa.Schema, form: InputForm, shown: str) -> list[str]:
+    """Return the columns to read. FormatError if one is missing, unknown, or of a type that JSON lacks."""
+    names = [name for name in schema.names if not _PANDAS_INDEX.fullmatch(name)]
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    missing = [name for name in form.fields if name not in names and "body" not in names]
+    if twice or missing:
+        fault = f"the column {twice[0]!r} twice" if twice else f"no column {missing[0]!r}"
+        raise FormatError(f"the input has {fault}", where=shown, remedy=f"its columns are {', '.join(names)}")
+    known = {*form.fields, *ID_FIELDS} if form.template else {*form.fields, *ID_FIELDS, *ENVELOPE, *KNOWN}
+    unknown = [name for name in names if name not in known]
+    if unknown and not form.template:
+        raise FormatError(
+            f"the column {unknown[0]!r} is not a field of a request",
+            where=shown,
+            remedy=f"copy it to the records with --keep {unknown[0]}, or leave it out of the file",
+        )
+    used = [name for name in names if name in known]
+    for name in used:
+        if fault := _unsupported(schema.field(name).type):
+            raise FormatError(
+                f"the column {name!r} has the type {fault}, which JSON lacks",
+                where=shown,
+                remedy="store it as text, numbers, lists or structs",
+            )
+    return used
+
+
+def _unsupported(kind: pa.DataType) -> str:
+    """Return the name of a type that is not a form of JSON; empty if there is none in `kind`."""
+    from pyarrow import types
+
+    scalar = (
+        *(types.is_null, types.is_boolean, types.is_integer, types.is_floating),
+        *(types.is_string, types.is_large_string, types.is_string_view),
+    )
+    nested = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+    if any(is_kind(kind) for is_kind in scalar):
+        return ""
+    if any(is_kind(kind) for is_kind in nested) or types.is_dictionary(kind):
+        return _unsupported(kind.value_type)
+    if types.is_struct(kind):
+        return next(filter(None, (_unsupported(field.type) for field in kind)), "")
+    if types.is_map(kind) and (types.is_string(kind.key_type) or types.is_integer(kind.key_type)):
+        return _unsupported(kind.item_type)
+    return str(kind)
+
+
+def _rows(batch: pa.RecordBatch, n_before: int, shown: str) -> list[dict[str, Any]]:
+    """Return rows as Python values. FormatError names the row and the column of a value that is damaged."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError) as error:
+        for index in range(batch.num_rows):
+            for name in batch.schema.names:
+                try:
+                    batch.column(name)[index].as_py(maps_as_pydicts="strict")
+                except (UnicodeDecodeError, KeyError) as fault:
+                    told = "a key twice" if isinstance(fault, KeyError) else "text that is not UTF-8"
+                    raise FormatError(
+                        f"the column {name!r} has {told}", where=f"{shown}, row {n_before + index + 1:,}"
+                    ) from error
+        raise
+    return found
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a value as JSON has it.
+
+    Objects have no null values. Floats without a fraction become integers, because data frames store integers
+    with gaps as floats. NaN and Infinity become text, which the reader of the field refuses.
+    """
+    if isinstance(value, dict):
+        return {str(name): _as_json(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_as_json(part) for part in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        return int(value) if value.is_integer() and abs(value) < _EXACT else value
+    return value

@@ -1,0 +1,260 @@
+"""Inputs and outputs at URLs, through fsspec: s3://, gs://, hf://, https:// and others.
+
+An input is copied to a local file before it is read. An output is uploaded when it is complete.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.faults import reach
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.text import count, safe_line
+
+T = TypeVar("T")
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
+_HTTP = ("http", "https")
+# Stores that show an object only when it is complete, and in which a rename is a copy.
+_ATOMIC = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"})
+# What `info` says about a version of a file. File systems differ in the names.
+_VERSION_KEYS = (
+    "size",
+    "mtime",
+    "created",
+    "etag",
+    "ETag",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "oid",
+)
+_CHUNK = 4 << 20
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """The URL of an input or an output. As text it has no password and no query, which may be a secret."""
+
+    address: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        path = urlsplit(self.address).path if self.is_http else self.address
+        return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def protocol(self) -> str:
+        """What stands before the colon."""
+        return self.address.partition(":")[0].lower()
+
+    @property
+    def is_http(self) -> bool:
+        """True if the address is one of the web."""
+        return self.protocol in _HTTP
+
+    def __str__(self) -> str:
+        return _without_secrets(self.address)
+
+
+def parse_location(text: str) -> Path | Url:
+    """Return a path, or a URL if the text starts like one."""
+    return Url(text) if _URL.match(text) else Path(text)
+
+
+def expand(url: Url, stop: threading.Event) -> list[Url]:
+    """Return the files that match a URL with `*`, by name; other URLs as they are.
+
+    FileError if none does; InterruptedRunError.
+    """
+    if "*" not in url.address or url.is_http:
+        return [url]
+
+    def find() -> list[str]:
+        system, path = _file_system(url)
+        return sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))
+
+    with _explained(url, "read"):
+        found = _until_stopped(find, stop, "interrupted: the inputs were not read")
+    if not found:
+        raise FileError("no file matches the URL", where=str(url))
+    return [Url(address) for address in found]
+
+
+def download(url: Url, target: BinaryIO, folder: Path, listen: Listener, stop: threading.Event) -> None:
+    """Copy the file at a URL to `target`, which lies in `folder`.
+
+    FileError if it cannot be read, changes meanwhile, or ends early; NoSpaceError; InterruptedRunError.
+    """
+
+    def copy() -> None:
+        system, path = _file_system(url)
+        version = _version(system, path)
+        size = version.get("size") or 0
+        durable.require_space(folder, size)
+        listen(Started(f"downloading {url.name}", size))
+        n_bytes = 0
+        with system.open(path, "rb", block_size=_CHUNK) as source:
+            while chunk := source.read(_CHUNK):
+                target.write(chunk)
+                n_bytes += len(chunk)
+                listen(Advanced(len(chunk)))
+        target.flush()
+        if size and n_bytes != size:
+            raise FileError(f"the input ends after {n_bytes:,} of {count(size, 'byte')}", where=str(url))
+        if _version(system, path) != version:
+            raise FileError(
+                "the input changed while it was read", where=str(url), remedy="run the command again"
+            )
+        listen(Finished(f"downloading {url.name}"))
+
+    with _explained(url, "read"):
+        _until_stopped(copy, stop, f"interrupted: {url.name} was not downloaded to its end")
+
+
+def check_upload(url: Url, stop: threading.Event) -> bool:
+    """Return True if there is a file at the URL of an output.
+
+    Raises UsageError if nothing can be written there, MissingExtraError, FileError, InterruptedRunError.
+    """
+    if url.is_http:
+        raise UsageError(
+            "the output cannot be at a web address",
+            where=str(url),
+            remedy="name a file, or a URL such as s3://…",
+        )
+
+    def exists() -> bool:
+        system, path = _file_system(url)
+        return bool(system.exists(path))
+
+    with _explained(url, "reached"):
+        return _until_stopped(exists, stop, "interrupted: nothing was answered")
+
+
+def upload(local: Path, url: Url, listen: Listener, stop: threading.Event) -> None:
+    """Copy a file to a URL, where it appears as a whole, and check its size there.
+
+    FileError if that fails; the local file stays. InterruptedRunError.
+    """
+
+    def copy() -> None:
+        from fsspec.callbacks import Callback
+
+        n_sent = 0
+
+        def report(size: int | None, value: int, **_: object) -> None:
+            nonlocal n_sent
+            listen(Advanced(value - n_sent))
+            n_sent = value
+
+        callback = Callback(hooks={"report": report})
+        system, path = _file_system(url)
+        size = local.stat().st_size
+        listen(Started(f"uploading {url.name}", size))
+        if url.protocol in _ATOMIC:
+            system.put_file(str(local), path, callback=callback)
+        else:
+            temporary = f"{path}.part"
+            system.put_file(str(local), temporary, callback=callback)
+            _check_size(system, temporary, size, url)
+            reach("upload.sent")
+            system.mv(temporary, path)
+        _check_size(system, path, size, url)
+        listen(Finished(f"uploading {url.name}"))
+
+    remedy = f"it is complete in {local}: copy it, or run the same command again"
+    with _explained(url, "written", remedy):
+        _until_stopped(copy, stop, f"interrupted: {url.name} is complete here, but not uploaded")
+
+
+def _check_size(system: Any, path: str, size: int, url: Url) -> None:  # noqa: ANN401 - fsspec has no types
+    found = _version(system, path).get("size")
+    if found != size:
+        raise FileError(f"{found} of {count(size, 'byte')} arrived", where=str(url))
+
+
+def _file_system(url: Url) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path there. Raises UsageError, MissingExtraError."""
+    try:
+        from fsspec.core import url_to_fs
+        from fsspec.registry import known_implementations
+    except ImportError as error:
+        raise MissingExtraError("urls", "fsspec", f"{url.protocol}:// URLs") from error
+    try:
+        found: tuple[Any, str] = url_to_fs(url.address)
+    except ImportError as error:
+        driver = known_implementations.get(url.protocol, {}).get("class", "").partition(".")[0]
+        if url.is_http:
+            raise MissingExtraError("urls", "aiohttp", f"{url.protocol}:// URLs") from error
+        raise UsageError(
+            f"{url.protocol}:// URLs need another package: {error}",
+            where=str(url),
+            remedy="" if driver in ("", "fsspec") else f"pip install {driver}",
+        ) from error
+    return found
+
+
+def _version(system: Any, path: str) -> dict[str, Any]:  # noqa: ANN401 - fsspec has no types
+    """Return what identifies this version of a file."""
+    system.invalidate_cache()
+    info = system.info(path)
+    return {key: info[key] for key in _VERSION_KEYS if info.get(key) is not None}
+
+
+def _until_stopped(work: Callable[[], T], stop: threading.Event, interrupted: str) -> T:
+    """Call `work` in another thread. InterruptedRunError once `stop` is set, even if the network hangs."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="dsmoe-batch-transfer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        if stop.is_set() and thread.is_alive():
+            raise InterruptedRunError(interrupted, remedy="run the same command again to continue")
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextmanager
+def _explained(url: Url, verb: str, remedy: str = "") -> Iterator[None]:
+    """Raise the errors of drivers, which have classes of their own, as FileError."""
+    try:
+        yield
+    except DsmoeError:
+        raise
+    except Exception as error:
+        found: BaseException = error
+        while isinstance(found, FileNotFoundError) and found.__cause__:
+            found = found.__cause__  # fsspec raises this error also if a server cannot be reached
+        if isinstance(found, FileNotFoundError):
+            reason = "it does not exist"
+        else:
+            # The messages of drivers contain whole addresses.
+            text = str(found).partition("\n")[0] or type(found).__name__
+            reason = safe_line(_without_secrets(text), 200)
+        raise FileError(f"the URL cannot be {verb}: {reason}", where=str(url), remedy=remedy) from error
+
+
+def _without_secrets(text: str) -> str:
+    """Remove queries and user names with passwords from the addresses in a text."""
+    return re.sub(r"(://)[^/@\s]*@", r"\1", re.sub(r"\?[^\s'\"]*", "", text))

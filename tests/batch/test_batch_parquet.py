@@ -1,0 +1,423 @@
+"""Parquet as input and output. pyarrow writes the inputs and reads the outputs; JSON lines are the oracle."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from support.batches import GREEDY, answer, batch, by_id, records, run_batch, write_lines
+from support.fake_engine import FakeEngine
+from support.kills import Job, points_of
+from support.mutations import Outcome, damaged_bytes, try_mutants
+
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
+from dsmoe_local.base.progress import ignore
+from dsmoe_local.batch.inputs import opened
+from dsmoe_local.batch.job import BatchOptions
+from dsmoe_local.batch.journal import journal_path
+from dsmoe_local.batch.lines import Line
+from dsmoe_local.batch.parquet_output import write_parquet
+from dsmoe_local.batch.records import Failure, simple_record
+from dsmoe_local.batch.requests import request_of
+from dsmoe_local.batch.sources import InputForm, parse_template
+from dsmoe_local.engine.types import CallDelta, FinishReason, TokenLogprob, Usage
+from dsmoe_local.protocol.replies import Choice, Reply
+
+N_ROWS = 40
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, **options: Any) -> Path:
+    """Write a Parquet file. What a row lacks is null."""
+    if isinstance(rows, pa.Table):
+        table = rows
+    else:
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    parquet.write_table(table, path, **options)
+    return path
+
+
+@contextmanager
+def lines_of(path: Path, form: InputForm) -> Iterator[Iterator[Line]]:
+    """Open an input and yield its lines."""
+    with opened([path], form, None, path.parent, ignore, threading.Event()) as sources:
+        yield (line for _, line in sources.lines())
+
+
+def to_parquet(options: BatchOptions, **changes: Any) -> BatchOptions:
+    """Return a batch whose records become a Parquet file."""
+    path = options.out.with_name("out.parquet")
+    return replace(options, out=path.with_name("out.parquet.jsonl"), parquet=path, **changes)
+
+
+CHAT = [{"role": "user", "content": "hé", "name": None}, {"role": "assistant", "content": "b", "name": "c"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+FORMAT = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": ["a"]}}}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "prompts and options with gaps": [
+        {"id": "a", "prompt": "x \u2028", "max_tokens": 5, "temperature": 0.5, "stop": ["a", "b"]},
+        {"id": "b", "prompt": "y", "seed": 2**40, "n": 2, "logprobs": True},
+        {"id": "c", "prompt": "z", "max_tokens": None},
+    ],
+    "conversations": [
+        {"custom_id": 7, "messages": CHAT, "tools": [TOOL], "tool_choice": "auto"},
+        {"custom_id": 8, "messages": CHAT[:1], "response_format": FORMAT},
+    ],
+    "token ids": [{"id": "a", "prompt": [1, 2, 3]}],
+    "bodies": [
+        {
+            "custom_id": "c",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": "m", "messages": CHAT, "metadata": {"k": "v"}, "top_p": 1.0},
+        },
+        {"custom_id": "d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "p"}},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_a_line(tmp_path: Path, name: str) -> None:
+    """Guards: a column or a nested field that is lost, or means something else than in JSON."""
+    rows = ROWS[name]
+    lines = write_lines(tmp_path / "in.jsonl", rows)
+    table = write_table(tmp_path / "in.parquet", rows)
+    with lines_of(table, InputForm()) as found, lines_of(lines, InputForm()) as expected:
+        assert [request_of(line, GREEDY) for line in found] == [request_of(line, GREEDY) for line in expected]
+
+
+def test_column_types(tmp_path: Path) -> None:
+    """Guards: a type of Arrow that stands for text or numbers, and is refused."""
+    texts = ["one", "two", None]
+    columns = {
+        "id": pa.array([1.0, 2.0, None]),  # as pandas stores integers with a gap
+        "prompt": pa.array(["p", "q", "r"], pa.large_string()),
+        "user": pa.array(texts).dictionary_encode(),
+        "max_tokens": pa.array([3, None, 5], pa.uint8()),
+        "top_p": pa.array([0.5, 1, None], pa.float32()),
+        "logit_bias": pa.array([[(5, -1.5)], None, []], pa.map_(pa.int32(), pa.float32())),
+        "stop": pa.array([["a"], None, ["b", "c"]], pa.list_view(pa.string_view())),
+        "__index_level_0__": pa.array([7, 8, 9]),
+    }
+    table = write_table(tmp_path / "in.bin", pa.table(columns), row_group_size=2)
+    with lines_of(table, InputForm(keep=("user",))) as found:
+        first, second, third = (request_of(line, GREEDY) for line in found)
+    assert (first.id, first.max_tokens, first.sampling.top_p) == ("1", 3, 0.5)
+    assert first.logit_bias == ((5, -1.5),)
+    assert (second.id, second.max_tokens, second.stop) == ("2", None, ())
+    assert (third.id, third.prompt, third.stop) == ("row-3", "r", ("b", "c"))
+
+
+def test_values_of_a_wrong_type_name_row_and_column(tmp_path: Path) -> None:
+    """Guards: an error that does not say which of a million rows it means; NaN taken for a number."""
+    rows = [{"prompt": "a", "temperature": 0.5}, {"prompt": "b", "temperature": float("nan")}]
+    options = batch(tmp_path, sources=[write_table(tmp_path / "in.parquet", rows)])
+    found = by_id(answer(FakeEngine(), options))
+    assert found["row-1"]["text"] == "a"
+    assert found["row-2"]["error"]["message"] == "row 2: temperature is not a number"
+    rows = [{"prompt": 5}]
+    options = replace(options, sources=[write_table(tmp_path / "other.parquet", rows)], restart=True)
+    assert answer(FakeEngine(), options)[0]["error"]["message"] == "row 1: prompt is not text"
+
+
+_TIME = pa.timestamp("us")
+
+
+@pytest.mark.parametrize(
+    ("columns", "form", "told"),
+    [
+        ({"prompt": ["a"], "label": [1]}, InputForm(), ("the column 'label' is not a field", "--keep label")),
+        ({"prompt": pa.array([0], _TIME)}, InputForm(), ("the column 'prompt' has the type timestamp[us]",)),
+        ({"prompt": [b"a"]}, InputForm(), ("the column 'prompt' has the type binary",)),
+        (
+            {"prompt": ["a"], "metadata": pa.array([{"at": 0}], pa.struct({"at": _TIME}))},
+            InputForm(),
+            ("the column 'metadata' has the type timestamp[us]",),
+        ),
+        ({"prompt": ["a"]}, InputForm(keep=("label",)), ("no column 'label'", "its columns are prompt")),
+        ({"q": ["a"]}, InputForm(template=parse_template("{word}")), ("no column 'word'",)),
+        ({"prompt": ["a"]}, InputForm(text=True), ("--text is for lines of text",)),
+        (
+            {
+                "prompt": ["a", "b"],
+                "logit_bias": pa.array([[], [(1, 1.0), (1, 2.0)]], pa.map_("int8", "float")),
+            },
+            InputForm(),
+            ("the column 'logit_bias' has a key twice", "in.parquet, row 2"),
+        ),
+        (
+            {"prompt": pa.array([b"a", b"\xff"]).view(pa.string())},
+            InputForm(),
+            ("the column 'prompt' has text that is not UTF-8", "in.parquet, row 2"),
+        ),
+    ],
+)
+def test_refused_files(
+    tmp_path: Path, columns: dict[str, Any], form: InputForm, told: tuple[str, ...]
+) -> None:
+    """Guards: an error for each row of a table in which a column is wrong; a column that is ignored."""
+    options = batch(tmp_path, input=form, sources=[write_table(tmp_path / "in.parquet", pa.table(columns))])
+    with pytest.raises((FormatError, UsageError)) as refusal:
+        run_batch(FakeEngine(), options)
+    assert all(part in str(refusal.value) for part in told)
+    assert not options.out.exists()
+
+
+def test_a_template_reads_only_its_columns(tmp_path: Path) -> None:
+    """Guards: a table refused because of a column that nobody asked for."""
+    rows = [{"word": "a", "vector": [0.5], "raw": b"\xff", "label": 3}, {"word": "b", "label": 4}]
+    form = InputForm(template=parse_template("Define {word}."), keep=("label",), id_field="word")
+    with lines_of(write_table(tmp_path / "in.parquet", rows), form) as found:
+        assert [(line.id, dict(line.values), dict(line.kept)) for line in found] == [
+            ("a", {"prompt": "Define a."}, {"label": 3}),
+            ("b", {"prompt": "Define b."}, {"label": 4}),
+        ]
+
+
+def test_an_empty_table(tmp_path: Path) -> None:
+    """Guards: an input without rows that is an error, or has no output."""
+    source = write_table(tmp_path / "in.parquet", pa.table({"prompt": pa.array([], pa.string())}))
+    options = to_parquet(batch(tmp_path, sources=[source]))
+    assert answer(FakeEngine(), options) == []
+    assert parquet.read_table(options.parquet).num_rows == 0
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    """Guards: lines of two files with one id, or read at the place of another file's line."""
+    long = [{"prompt": "x" * length} for length in range(9)]
+    table = write_table(tmp_path / "b.parquet", [{"prompt": "row"}, {"id": "named", "prompt": None}])
+    sources = [
+        write_lines(tmp_path / "a.jsonl", long),
+        write_lines(tmp_path / "empty.jsonl", []),
+        table,
+        write_lines(tmp_path / "c.jsonl", ["bad", {"prompt": "end"}]),
+    ]
+    found = by_id(answer(FakeEngine(n_parallel=2), batch(tmp_path, sources=sources)))
+    assert {name: record["text"] for name, record in found.items() if not record["error"]} == {
+        **{f"a.jsonl:{n}": "x" * (n - 1) for n in range(1, 10)},
+        "b.parquet:1": "row",
+        "c.jsonl:2": "end",
+    }
+    assert found["named"]["error"]["message"] == f"{table}, row 2: the line has no prompt and no messages"
+    assert found["c.jsonl:1"]["error"]["message"].startswith(
+        f"{tmp_path / 'c.jsonl'}, line 1: not a JSON object"
+    )
+    write_table(table, [{"prompt": "other"}, {"id": "named", "prompt": None}])
+    with pytest.raises(FileError, match="a line has changed") as refusal:
+        run_batch(FakeEngine(), batch(tmp_path, sources=sources))
+    assert f"{table}, row 1" in str(refusal.value)
+
+
+def everything(name: str, n: int) -> Reply:
+    """Return a reply with all that a record can contain."""
+    token = TokenLogprob(5, "a", -0.5)
+    part = TokenLogprob(6, "\N{REPLACEMENT CHARACTER}", float("-inf"))
+    call = CallDelta(0, '{"a": 1}', "call_1", "f")
+    choice = Choice("text é", FinishReason.STOP, ((token, (token, part)),), "hm", (call,))
+    usage = Usage(3, 1, 4, 0.1, 0.2, None, 2)
+    return Reply(name, "m", True, (choice,) * n, (usage,) * n, 1.5)
+
+
+def test_columns_are_those_of_the_simple_format(tmp_path: Path) -> None:
+    """Guards: a part of a record that is missing from the table, or in another row."""
+    failure = Failure("c", 3, "invalid_request", "row 3: no", "invalid_request")
+    kept = {"label": 3, "source": "web", "none": None}
+    found = [
+        {**simple_record(outcome), "kept": kept}
+        for outcome in (everything("a", 1), everything("b", 2), failure)
+    ]
+    path = tmp_path / "out.parquet"
+    source = write_lines(tmp_path / "out.jsonl", [json.dumps(record) for record in found])
+    write_parquet(source, path, list(kept), "mark", ignore, threading.Event())
+    one, first, second, failed = parquet.read_table(path).to_pylist()
+    assert one.pop("index") == 0
+    assert one == {**found[0], "kept": {"label": "3", "source": "web", "none": None}}
+    assert (first["id"], first["index"], second["id"], second["index"]) == ("b", 0, "b", 1)
+    for key in ("text", "finish_reason", "reasoning_content", "tool_calls", "logprobs"):
+        assert [first[key], second[key]] == found[1][key]
+    assert (first["usage"], first["timing"]) == (found[1]["usage"], found[1]["timing"])
+    assert (second["usage"], second["timing"], second["kept"]) == (None, None, first["kept"])
+    assert {key: value for key, value in failed.items() if value is not None} == {
+        "id": "c",
+        "index": 0,
+        "error": found[2]["error"],
+        "kept": one["kept"],
+    }
+
+
+def test_output(tmp_path: Path) -> None:
+    """Guards: rows in another order than the records; a table that a second run writes again, or not when
+    there are new rows; another program's file replaced.
+    """
+    lines = [{"id": str(n), "prompt": f"p{n}"} for n in range(20)]
+    options = to_parquet(batch(tmp_path, *lines[:12]), ordered=True)
+    assert options.parquet is not None
+    answer(FakeEngine(n_parallel=4), options)
+    before = options.parquet.stat().st_ino
+    assert parquet.read_table(options.parquet)["id"].to_pylist() == [str(n) for n in range(12)]
+    run_batch(FakeEngine(), options)
+    assert options.parquet.stat().st_ino == before
+    write_lines(tmp_path / "in.jsonl", lines)
+    found = answer(FakeEngine(n_parallel=4), options)
+    table = parquet.read_table(options.parquet)
+    assert table["text"].to_pylist() == [record["text"] for record in found]
+    assert len(found) == 20
+    journal_path(options.out).unlink()
+    options.out.unlink()
+    with pytest.raises(FileError, match=r"journal out\.parquet\.jsonl\.journal does not"):
+        run_batch(FakeEngine(), options)
+    assert len(answer(FakeEngine(), replace(options, restart=True))) == 20
+    write_table(options.parquet, [{"a": 1}])
+    with pytest.raises(FileError, match="not the output of a batch"):
+        run_batch(FakeEngine(), replace(options, restart=True))
+
+
+def test_input_and_output_differ(tmp_path: Path) -> None:
+    """Guards: a table replaced by the answers to it."""
+    options = to_parquet(batch(tmp_path, {"prompt": "a"}))
+    answer(FakeEngine(), options)
+    assert options.parquet is not None
+    with pytest.raises(UsageError, match="same file"):
+        run_batch(FakeEngine(), replace(options, sources=[options.parquet]))
+
+
+def work(source: str, out: str) -> None:
+    """The work of a child: Parquet to Parquet."""
+    path = Path(out)
+    options = BatchOptions([Path(source)], path.with_name(f"{path.name}.jsonl"), GREEDY, "simple", path)
+    run_batch(FakeEngine(n_parallel=2), options)
+
+
+@pytest.mark.parametrize("point", ["batch.written", "batch.complete", *points_of("parquet")])
+def test_killed_at_every_point(tmp_path: Path, point: str) -> None:
+    """Guards: half a table under its name; rows lost or doubled by a kill; temporary files that stay."""
+    rows = [{"id": f"id-{n}", "prompt": f"text {n}"} for n in range(N_ROWS)]
+    out = tmp_path / "out.parquet"
+    job = Job(work, [str(write_table(tmp_path / "in.parquet", rows, row_group_size=7))], out)
+    status, errors = job.run(point)
+    assert status == -signal.SIGKILL, errors
+    assert not out.exists() or point == "parquet.renamed"
+    assert job.run() == (0, "")
+    table = parquet.read_table(out)
+    assert dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)) == {
+        row["id"]: row["prompt"] for row in rows
+    }
+    assert table.num_rows == N_ROWS
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("in.parquet", "out.parquet", "out.parquet.jsonl", "out.parquet.jsonl.journal")
+    }
+
+
+def test_a_torn_table_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a table that is given its name although the disk has lost a part of it."""
+    options = to_parquet(batch(tmp_path, *({"prompt": "a" * n} for n in range(20))))
+
+    def lose(descriptor: int) -> None:
+        path = Path(f"/dev/fd/{descriptor}")
+        if path.resolve().name.endswith(".parquet.part"):
+            content = bytearray(path.resolve().read_bytes())
+            content[60:90] = bytes(30)
+            path.resolve().write_bytes(content)
+
+    monkeypatch.setattr("dsmoe_local.batch.parquet_output.durable.sync", lose)
+    with pytest.raises(FileError, match="damaged after writing"):
+        run_batch(FakeEngine(), options)
+    assert not options.parquet or not options.parquet.exists()
+    monkeypatch.undo()
+    run_batch(FakeEngine(), options)
+    assert parquet.read_table(options.parquet).num_rows == len(records(options.out))
+
+
+@pytest.mark.parametrize("n_lost", [1, 4, 100, 300])
+def test_truncated_files(tmp_path: Path, n_lost: int) -> None:
+    """Guards: the rows before the damage taken for all; a traceback."""
+    path = write_table(tmp_path / "in.parquet", [{"prompt": f"p{n}"} for n in range(100)])
+    path.write_bytes(path.read_bytes()[:-n_lost])
+    with pytest.raises(FormatError, match="the Parquet file cannot be read") as refusal:
+        run_batch(FakeEngine(), batch(tmp_path, sources=[path]))
+    assert len(str(refusal.value).splitlines()) <= 3
+    path.write_bytes(b"")
+    with pytest.raises(FormatError, match="the Parquet file cannot be read"):
+        run_batch(FakeEngine(), batch(tmp_path, sources=[path]))
+
+
+def mutated_tables(folder: Path, n: int, seed: int) -> Outcome:
+    numbers = count()
+    whole = write_table(
+        folder / "whole.parquet", ROWS["conversations"] * 20, compression="snappy", row_group_size=15
+    ).read_bytes()
+
+    def read(rng: random.Random) -> None:
+        path = folder / f"{next(numbers)}.parquet"
+        path.write_bytes(damaged_bytes(whole, rng))
+        try:
+            with lines_of(path, InputForm()) as found:
+                for line in found:
+                    try:
+                        request_of(line, GREEDY)
+                    except DsmoeError as error:
+                        json.dumps(str(error), ensure_ascii=False).encode()
+        finally:
+            path.unlink()
+
+    return try_mutants(read, n, seed)
+
+
+def test_mutated_tables(tmp_path: Path) -> None:
+    """Guards: damage that ends the process, or an exception that is not explained."""
+    outcome = mutated_tables(tmp_path, 300, seed=1)
+    assert outcome.refused > 50
+
+
+@pytest.mark.soak
+def test_mutated_tables_soak(tmp_path: Path) -> None:
+    """Guards: faults that a few hundred mutations do not find."""
+    print(mutated_tables(tmp_path, 50_000, 3))
+
+
+_MEASURE = """
+import sys, threading
+from pathlib import Path
+import pyarrow as pa
+from dsmoe_local.base.progress import ignore
+from dsmoe_local.batch.inputs import opened
+from dsmoe_local.batch.sources import InputForm
+path = Path(sys.argv[1])
+with opened([path], InputForm(), None, path.parent, ignore, threading.Event()) as sources:
+    n = sum(1 for _ in sources.lines())
+print(n, pa.default_memory_pool().max_memory())
+"""
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_memory_of_a_large_row_group(tmp_path: Path, dictionary: bool) -> None:
+    """Guards: a row group that is read as a whole; one prompt stored once and decoded for all rows."""
+    n_rows, n_bytes = 60_000, 1000
+    rng = random.Random(0)
+    texts = [rng.randbytes(n_bytes // 2).hex() for _ in range(1 if dictionary else n_rows)]
+    table = pa.table({"prompt": texts * (n_rows // len(texts))})
+    path = write_table(tmp_path / "in.parquet", table, row_group_size=n_rows, use_dictionary=dictionary)
+    assert parquet.read_metadata(path).num_row_groups == 1
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    n_found, most = map(int, done.stdout.split())
+    assert n_found == n_rows
+    assert most < n_rows * n_bytes / 8
