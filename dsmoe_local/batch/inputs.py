@@ -86,7 +86,8 @@ class _Opener:
 
     def _of_rows(self, path: Path, file: BinaryIO, shown: str) -> Source:
         lines = self._temporary()
-        write_rows(file, shown, self._form, lines, self._listen, self._stop)
+        with reading(shown):
+            write_rows(file, shown, self._form, lines, self._listen, self._stop)
         return Source(path, self._form, shown, file=lines, unit="row")
 
     def _temporary(self) -> BinaryIO:

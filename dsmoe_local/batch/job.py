@@ -17,6 +17,7 @@ from dsmoe_local.batch.inputs import STDIN, opened
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.output import Output
+from dsmoe_local.batch.parquet_input import needs_pyarrow
 from dsmoe_local.batch.parquet_output import mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
 from dsmoe_local.batch.requests import request_of
@@ -160,6 +161,9 @@ def _check_output(options: BatchOptions, stop: threading.Event) -> None:
         )
     if options.address and check_upload(options.address, stop):
         _check_begun(options, str(options.address))
+    if options.parquet:
+        with needs_pyarrow():
+            import pyarrow  # noqa: F401 - before anything is answered
     if options.parquet and options.parquet.exists():
         if mark_of(options.parquet) is None:
             raise FileError(
@@ -236,14 +240,14 @@ def prepared(
         output = stack.enter_context(
             Output(options.out, _settings(options), visit, names=options.names, restart=options.restart)
         )
-        _resume(index, summary, sources, listen, ordered=options.ordered)
+        _resume(index, summary, sources, listen, options)
         if spool:
             spool.keep()
         yield Job(options, sources, index, output, summary, index.plan(ordered=options.ordered))
 
 
 def _resume(
-    index: Index, summary: BatchSummary, sources: Sources, listen: Listener, *, ordered: bool
+    index: Index, summary: BatchSummary, sources: Sources, listen: Listener, options: BatchOptions
 ) -> None:
     """Mark the lines that have a record. FileError if one of them has changed since."""
     if not summary.n_resumed:
@@ -255,10 +259,17 @@ def _resume(
             where=sources.place(resumed.changed_line),
             remedy="give the new line its own id, or start over: --restart",
         )
+    if resumed.n_foreign and options.address:
+        # Outputs at two URLs may have the same name here.
+        raise FileError(
+            f"{options.out.name} has {count(resumed.n_foreign, 'record')} for lines that the input lacks",
+            where=options.out,
+            remedy="run each batch in a folder of its own, or start over: --restart",
+        )
     listen(Note(f"{count(summary.n_resumed, 'record')} from earlier runs"))
     if resumed.n_foreign:
         listen(Note(f"{count(resumed.n_foreign, 'record')} for lines that are no longer in the input"))
-    if ordered and not resumed.in_order:
+    if options.ordered and not resumed.in_order:
         listen(Note("earlier records are not in the order of the input; --ordered applies to new ones only"))
 
 
@@ -278,7 +289,6 @@ def _settings(options: BatchOptions) -> dict[str, str]:
         "chat": options.input.chat,
         "id_field": options.input.id_field,
         "keep": list(options.input.keep) or None,
-        "address": options.address,
         "deterministic": options.deterministic,
     }
     chosen = {**options.settings, **asdict(options.defaults.sampling), **own}

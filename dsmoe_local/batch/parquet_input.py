@@ -8,7 +8,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,7 +18,9 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.batch.lines import ID_FIELDS
 from dsmoe_local.batch.requests import ENVELOPE
 from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.requests import KNOWN
+from dsmoe_local.protocol.strict_json import strict_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +31,13 @@ _PAGE_BUFFER = 1 << 20
 # Rows that are decoded at once. A prompt may be long, and be stored once for many rows.
 _ROWS = 64
 _EXACT = 2**53  # floats below this are exact integers
+# Fields that are never text. Arrow cannot store all their values as structs: a text in them is JSON.
+_JSON_FIELDS = frozenset(
+    {
+        *("body", "messages", "tools", "response_format", "structured_outputs"),
+        *("logit_bias", "chat_template_kwargs"),
+    }
+)
 # pandas stores the index of a data frame in such columns.
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
@@ -54,7 +63,7 @@ def write_rows(
 
     `shown` is the file's name in messages. Null values are left out. Columns that a template does not use are
     not read. Raises UsageError for a form without fields, MissingExtraError, FormatError if the file is
-    damaged or has columns that no request has, InterruptedRunError.
+    damaged or has columns that no request has, OSError, InterruptedRunError.
     """
     if form.text:
         raise UsageError(
@@ -78,12 +87,15 @@ def write_rows(
         listen(Started("reading rows", file.metadata.num_rows, unit="rows"))
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for row in _rows(batch.select(columns), n_rows, shown):
-                target.write(json.dumps(_as_json(row), ensure_ascii=False).encode() + b"\n")
+                values = _as_json(row if form.template else _with_parsed_fields(row))
+                target.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
             n_rows += batch.num_rows
             listen(Advanced(batch.num_rows))
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
     except (pa.ArrowException, OSError, MemoryError, RecursionError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk
         place = f"{shown}, after row {n_rows:,}" if n_rows else shown
         reason = safe_line(str(error).partition("\n")[0], 200) or type(error).__name__
         raise FormatError(f"the Parquet file cannot be read: {reason}", where=place) from error
@@ -154,6 +166,16 @@ def _rows(batch: pa.RecordBatch, n_before: int, shown: str) -> list[dict[str, An
                     ) from error
         raise
     return found
+
+
+def _with_parsed_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Parse the fields that may be JSON. Other text stays, and the reader of the field refuses it."""
+    parsed = dict(row)
+    for name in _JSON_FIELDS & row.keys():
+        if isinstance(row[name], str):
+            with suppress(RequestError):
+                parsed[name] = strict_value(row[name])
+    return parsed
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 - JSON

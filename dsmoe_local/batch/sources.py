@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.errors import FileError, FormatError, NoSpaceError, UsageError
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import refuse_other_kinds
 from dsmoe_local.batch import lines
@@ -356,10 +357,16 @@ class Sources:
 
 @contextmanager
 def reading(shown: str) -> Iterator[None]:
-    """Raise OSError as FileError. `shown` is the name of the input."""
+    """Raise OSError as FileError or NoSpaceError. `shown` is the name of the input."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NoSpaceError(
+                "no space for a temporary copy of the input",
+                where=shown,
+                remedy="free some space, or name an output on another disk",
+            ) from error
         raise FileError(f"the input cannot be read: {error.strerror}", where=shown) from error
 
 

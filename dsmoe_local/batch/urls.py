@@ -36,7 +36,7 @@ _VERSION_KEYS = (
     "LastModified",
     "last_modified",
     "updated",
-    "oid",
+    "blob_id",
 )
 _CHUNK = 4 << 20
 _POLL_SECONDS = 0.1
@@ -124,7 +124,7 @@ def download(url: Url, target: BinaryIO, folder: Path, listen: Listener, stop: t
 
 
 def check_upload(url: Url, stop: threading.Event) -> bool:
-    """Return True if there is a file at the URL of an output.
+    """Return True if there is a file at the URL of an output. Creates the folder if there are folders.
 
     Raises UsageError if nothing can be written there, MissingExtraError, FileError, InterruptedRunError.
     """
@@ -137,6 +137,8 @@ def check_upload(url: Url, stop: threading.Event) -> bool:
 
     def exists() -> bool:
         system, path = _file_system(url)
+        if url.protocol not in _ATOMIC:
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
         return bool(system.exists(path))
 
     with _explained(url, "reached"):

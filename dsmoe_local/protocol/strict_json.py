@@ -40,8 +40,14 @@ def strict_object(raw: bytes) -> dict[str, Any]:
     text = decoded(raw)
     if not text.lstrip().startswith("{"):
         raise RequestError("not a JSON object: it does not start with {", kind="not_json")
+    value: dict[str, Any] = strict_value(text)
+    return value
+
+
+def strict_value(text: str) -> Any:  # noqa: ANN401 - JSON
+    """Parse any JSON value. RequestError also for NaN, Infinity and duplicate keys."""
     try:
-        value: dict[str, Any] = json.loads(
+        value = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
         )
     except json.JSONDecodeError as error:

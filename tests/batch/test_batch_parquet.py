@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from support.fake_engine import FakeEngine
 from support.kills import Job, points_of
 from support.mutations import Outcome, damaged_bytes, try_mutants
 
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
+from dsmoe_local.base.errors import (
+    DsmoeError,
+    FileError,
+    FormatError,
+    MissingExtraError,
+    NoSpaceError,
+    UsageError,
+)
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.inputs import opened
 from dsmoe_local.batch.job import BatchOptions
@@ -119,6 +127,28 @@ def test_column_types(tmp_path: Path) -> None:
     assert first.logit_bias == ((5, -1.5),)
     assert (second.id, second.max_tokens, second.stop) == ("2", None, ())
     assert (third.id, third.prompt, third.stop) == ("row-3", "r", ("b", "c"))
+
+
+def test_json_as_text(tmp_path: Path) -> None:
+    """Guards: schemas with empty objects or values of several types, which Arrow cannot store as structs."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "messages": CHAT, "tools": [tool]},
+        {"id": "b", "prompt": "[1]", "response_format": FORMAT},
+    ]
+    stored = [
+        {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+        for row in rows
+    ]
+    lines = write_lines(tmp_path / "in.jsonl", rows)
+    with (
+        lines_of(write_table(tmp_path / "in.parquet", stored), InputForm()) as found,
+        lines_of(lines, InputForm()) as expected,
+    ):
+        assert [request_of(line, GREEDY) for line in found] == [request_of(line, GREEDY) for line in expected]
+    bad = write_table(tmp_path / "bad.parquet", [{"prompt": "a", "logit_bias": '{"5": NaN}'}])
+    (record,) = answer(FakeEngine(), batch(tmp_path, sources=[bad]))
+    assert record["error"]["message"] == "row 1: logit_bias is not an object of token ids"
 
 
 def test_values_of_a_wrong_type_name_row_and_column(tmp_path: Path) -> None:
@@ -292,6 +322,26 @@ def test_input_and_output_differ(tmp_path: Path) -> None:
     assert options.parquet is not None
     with pytest.raises(UsageError, match="same file"):
         run_batch(FakeEngine(), replace(options, sources=[options.parquet]))
+
+
+def test_pyarrow_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a batch that is answered, and then cannot be written."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    table = tmp_path / "in.parquet"
+    table.write_bytes(b"PAR1")
+    for options in (to_parquet(batch(tmp_path, {"prompt": "a"})), batch(tmp_path, sources=[table])):
+        with pytest.raises(MissingExtraError, match=r"pyarrow is needed.*dsmoe-local\[parquet\]"):
+            run_batch(FakeEngine(), options)
+        assert not options.out.exists()
+
+
+def test_no_space_for_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a full disk reported as a damaged file."""
+    full = partial(Path("/dev/full").open, "r+b", 0)
+    monkeypatch.setattr("dsmoe_local.batch.inputs.TemporaryFile", lambda **_: full())
+    table = write_table(tmp_path / "in.parquet", [{"prompt": "a"}])
+    with pytest.raises(NoSpaceError, match="no space for a temporary copy"):
+        run_batch(FakeEngine(), batch(tmp_path, sources=[table]))
 
 
 def work(source: str, out: str) -> None:

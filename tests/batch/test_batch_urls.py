@@ -234,7 +234,8 @@ def test_outputs(tmp_path: Path, memory: MemoryFileSystem) -> None:
     run_batch(FakeEngine(), options, events.append)
     assert memory.cat("/dir/out.jsonl") == options.out.read_bytes()
     assert memory.find("/dir") == ["/dir/out.jsonl"]
-    assert "address: memory://dir/out.jsonl then, not set now" in told(replace(options, address=None))
+    mixed = replace(options, sources=[write_lines(tmp_path / "new.jsonl", [{"id": "x", "prompt": "a"}])])
+    assert "out.jsonl has 12 records for lines that the input lacks" in told(mixed)
     with pytest.raises(DsmoeError):
         run_batch(FakeEngine(), replace(options, sources=[Url("memory://dir/out.jsonl")]))
     other = batch(tmp_path, *LINES, out=tmp_path / "other.jsonl", address=Url("memory://dir/out.jsonl"))
@@ -247,8 +248,7 @@ def test_outputs(tmp_path: Path, memory: MemoryFileSystem) -> None:
 
 def test_parquet_to_a_folder_of_another_system(tmp_path: Path) -> None:
     """Guards: records uploaded in place of the table; a temporary name that stays."""
-    there = tmp_path / "there"
-    there.mkdir()
+    there = tmp_path / "new" / "there"
     options = batch(tmp_path, *LINES, out=tmp_path / "out.parquet.jsonl")
     options = replace(options, parquet=tmp_path / "out.parquet", address=Url(f"file://{there}/out.parquet"))
     run_batch(FakeEngine(), options)
@@ -274,6 +274,9 @@ def test_uploads_that_fail(tmp_path: Path, memory: MemoryFileSystem, monkeypatch
     options = batch(tmp_path, *LINES, address=Url("losing://dir/out.jsonl"))
     assert "bytes arrived" in told(options)
     assert not memory.exists("/dir/out.jsonl")
+    other = replace(options, address=Url("memory://right/out.jsonl"))
+    run_batch(FakeEngine(lambda prompt: "not asked again"), other)
+    assert memory.cat("/right/out.jsonl") == options.out.read_bytes()
     monkeypatch.setattr(_Losing, "fails", True)
     message = told(options)
     assert "the URL cannot be written: quota of https://host/x exceeded" in message
