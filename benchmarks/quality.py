@@ -7,9 +7,10 @@
     python -m benchmarks.quality --parts none               measure nothing: make tables and chart again
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
-Parts: `reference`, the trained model, and what the solver makes of budgets for it; `latent`, a model trained
-in the same way with the attention of DeepSeek-V2; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B
-shape; `speed` on the 16B shape with a few layers and random weights.
+Parts: `reference`, the trained model, and what the solver makes of budgets for it; `calibrated`, that model
+rounded on a calibration text; `latent`, a model trained in the same way with the attention of DeepSeek-V2;
+`demo`, the model of `dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers
+and random weights.
 docs/quality.json holds the figures of all parts. A part replaces its own figures there as soon as it is
 measured. The tables of the document, the summaries and the chart are then made from them.
 
@@ -28,6 +29,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.support.quality.bars import targets_hold, verdicts
+from benchmarks.support.quality.calibrated import measure_calibrated
 from benchmarks.support.quality.chart import save_chart
 from benchmarks.support.quality.choices import (
     FRONTIER,
@@ -43,6 +45,7 @@ from benchmarks.support.quality.fidelity import Amount, Subject, prepared
 from benchmarks.support.quality.figures import (
     PARTS,
     ROOT,
+    FidelityRow,
     Figures,
     Part,
     Reference,
@@ -72,7 +75,7 @@ SUMMARY = "recipes"
 SUMMARIZED = ROOT / "README.md", ROOT / "docs" / "quantization.md"
 NONE = "none"
 
-_WINDOWS = {"reference": (60, 100), "latent": (60, 100), "demo": (12, 40)}
+_WINDOWS = {"reference": (60, 100), "calibrated": (60, 100), "latent": (60, 100), "demo": (12, 40)}
 """Windows of text that are measured, and windows for the importance matrix."""
 _QUICK_WINDOWS = 2
 
@@ -149,6 +152,14 @@ def measure_reference(given: argparse.Namespace) -> Reference:
         )
 
 
+def measure_rounding(given: argparse.Namespace) -> Part[FidelityRow]:
+    """Measure the trained reference with calibrated rounding."""
+    subject = reference_subject(given.reference)
+    with prepared(subject, _amount(given, "calibrated")) as bench:
+        rows = measure_calibrated(bench, subject)
+        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=bench.facts())
+
+
 def measure_latent(given: argparse.Namespace) -> Part[Any]:
     """Measure the trained reference with MLA."""
     subject = reference_subject(given.latent, "latent")
@@ -184,6 +195,7 @@ def _timing(given: argparse.Namespace) -> Timing:
 
 _MAKERS = {
     "reference": measure_reference,
+    "calibrated": measure_rounding,
     "latent": measure_latent,
     "demo": measure_demo,
     "sizes": sizes_part,
@@ -197,7 +209,7 @@ def save(figures: Figures) -> None:
     summary = {SUMMARY: summary_table(figures)}
     for path in SUMMARIZED:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), summary), encoding="utf-8")
-    save_chart(figures.reference, CHART)
+    save_chart(figures, CHART)
 
 
 def report(figures: Figures) -> None:

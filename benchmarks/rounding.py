@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.quality import reference_subject
 from benchmarks.support.quality.bars import at_most, ratio_of
-from benchmarks.support.quality.fidelity import Amount, Bench, Subject, load, prepared
+from benchmarks.support.quality.calibrated import calibration_of, calibration_windows
+from benchmarks.support.quality.fidelity import Amount, Bench, Subject, prepared
 from benchmarks.support.quality.figures import FidelityRow, now_and_commit
 from benchmarks.support.quality.variants import Variant
 from benchmarks.support.reference_shape import reference_folder
@@ -38,9 +37,8 @@ from benchmarks.support.runner import Bar
 from benchmarks.support.tables import show
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import read_text
-from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_quantize.calibrated.calibration import Calibration, Rounding
+from dsmoe_quantize.calibrated.calibration import Rounding
 from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.policy.types import resolve
 
@@ -97,21 +95,6 @@ class Calibrated:
             "row": msgspec.to_builtins(self.row),
             "base": msgspec.to_builtins(self.base),
         }
-
-
-def calibration_windows(bench: Bench, subject: Subject) -> NDArray[np.int32]:
-    """Return the token ids of the whole calibration text, one window in each row."""
-    with load(bench.source, bench.amount) as engine:
-        return np.array(cut_windows(engine, subject.calibration, bench.amount.n_context).tokens, np.int32)
-
-
-def calibration_of(
-    windows: NDArray[np.int32], subject: Subject, n_windows: int | None, rounding: Rounding, seed: int
-) -> Calibration:
-    """Return a calibration on windows that `seed` chooses."""
-    chosen = np.random.default_rng(seed).permutation(len(windows))[:n_windows]
-    text = subject.calibration
-    return Calibration(windows[chosen], text.name, text.digest, rounding, seed)
 
 
 def measure(

@@ -70,7 +70,7 @@ def test_the_document_is_of_its_figures() -> None:
     for path in quality.SUMMARIZED:
         text = path.read_text(encoding="utf-8")
         assert with_tables(text, {quality.SUMMARY: summary_table(FIGURES)}) == text
-    assert escape(description(FIGURES.reference)) in quality.CHART.read_text(encoding="utf-8")
+    assert escape(description(FIGURES)) in quality.CHART.read_text(encoding="utf-8")
     assert list(outdated(FIGURES)) == []
     with pytest.raises(ValueError, match="no place for the table x"):
         with_tables(document, {"x": ""})
@@ -78,8 +78,10 @@ def test_the_document_is_of_its_figures() -> None:
 
 def test_the_chart_shows_every_type() -> None:
     """Guards: a type that is missing, or marked where another one is; bits and divergences mixed up."""
-    (axes,) = chart(FIGURES.reference).axes
+    (axes,) = chart(FIGURES).axes
     shown = [row for row in FIGURES.reference.rows if row.type not in ("Q8_0", "Q6_K", "q8")]
+    calibrated = sorted((row.bits_per_weight, row.kl) for row in FIGURES.calibrated.rows)
+    assert calibrated in [list(map(tuple, np.asarray(line.get_xydata()))) for line in axes.lines]
     lines = [np.asarray(line.get_xydata()) for line in axes.lines]
     assert {tuple(line[0]) for line in lines if len(line) == 1} >= {
         (row.bits_per_weight, row.kl) for row in shown
@@ -155,10 +157,13 @@ def test_the_last_line_has_every_verdict(size: int, holds: bool, capsys: pytest.
 def test_parts_that_do_not_belong_together_are_named() -> None:
     """Guards: figures of a recipe that has changed, or of another llama.cpp, beside the others."""
     other = change(FIGURES.speed, settings={**FIGURES.speed.settings, "kernels": "x"})
-    figures = change(FIGURES, speed=other, reference=changed(FIGURES.reference, "q4", digest="another"))
+    calibrated = change(FIGURES.calibrated, settings={**FIGURES.calibrated.settings, "model": "another"})
+    reference = changed(FIGURES.reference, "q4", digest="another")
+    figures = change(FIGURES, speed=other, reference=reference, calibrated=calibrated)
     assert list(outdated(figures)) == [
         "reference: q4 has other types now",
         "reference: q4, imatrix has other types now",
+        "calibrated and reference are different models",
         "speed and reference differ in kernels",
     ]
 

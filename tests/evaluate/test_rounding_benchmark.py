@@ -10,7 +10,8 @@ import pytest
 from support.checkpoints import WIDE, write_checkpoint
 
 from benchmarks import rounding
-from benchmarks.rounding import calibration_of, measure, report
+from benchmarks.rounding import measure, report
+from benchmarks.support.quality.calibrated import calibration_of
 from benchmarks.support.quality.fidelity import Amount, Subject, prepared
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_quantize.calibrated.calibration import Rounding

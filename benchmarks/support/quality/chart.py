@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.support.quality.figures import FidelityRow, Reference
+from benchmarks.support.quality.figures import FidelityRow, Figures
 from benchmarks.support.quality.variants import OURS
 
 _MOST_BITS = 6.2
@@ -21,6 +21,7 @@ _KINDS: Mapping[str, tuple[str, str, str]] = {
 }
 """Marker, colour and legend of each kind of file."""
 _FRONTIER = "#6b8e3d", "--target-bpw, for any size"
+_CALIBRATED = "#7c3aed", "--calibrate (GPTQ), the same types"
 _OFFSETS: Mapping[str, tuple[float, float, str]] = {
     "IQ4_NL": (0, -16, "center"),
     "Q4_0": (9, -4, "left"),
@@ -31,13 +32,16 @@ _OFFSETS: Mapping[str, tuple[float, float, str]] = {
 """Offset in points, and alignment, of the labels that have no room at the right of their mark."""
 
 
-def chart(part: Reference) -> Figure:
+def chart(figures: Figures) -> Figure:
     """Draw the chart."""
+    part = figures.reference
     shown = [row for row in part.rows if row.bits_per_weight <= _MOST_BITS]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")
     _draw_frontier(axes, [row for row in part.frontier if row.bits_per_weight <= _MOST_BITS])
+    line = sorted((row.bits_per_weight, row.kl) for row in figures.calibrated.rows)
+    axes.plot([bits for bits, _ in line], [kl for _, kl in line], "s-", color=_CALIBRATED[0], markersize=5)
     for word in sorted(dict.fromkeys(row.type for row in shown), key=lambda word: _kind(word) == "ours"):
         _draw_type(axes, word, [row for row in shown if row.type == word])
     axes.set_title("What each type keeps for its size", loc="left", fontweight="bold")
@@ -54,19 +58,19 @@ def chart(part: Reference) -> Figure:
     return figure
 
 
-def save_chart(part: Reference, path: Path) -> None:
+def save_chart(figures: Figures, path: Path) -> None:
     """Write the chart as SVG. The same figures give the same bytes."""
     with mpl.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        chart(part).savefig(path, metadata={"Date": None, "Description": description(part)})
+        chart(figures).savefig(path, metadata={"Date": None, "Description": description(figures)})
 
 
-def description(part: Reference) -> str:
+def description(figures: Figures) -> str:
     """Return the figures of the chart in words, for readers who cannot see it."""
-    words = {False: "without", True: "with"}
-    told = (
-        f"{row.type} {words[row.imatrix]} imatrix: {row.bits_per_weight:.2f} bits, {row.kl:.2g}"
-        for row in (*part.rows, *part.frontier)
-    )
+    words = {False: "without imatrix", True: "with imatrix"}
+    part = figures.reference
+    rows = [(words[row.imatrix], row) for row in (*part.rows, *part.frontier)]
+    rows += [("calibrated", row) for row in figures.calibrated.rows]
+    told = (f"{row.type} {how}: {row.bits_per_weight:.2f} bits, {row.kl:.2g}" for how, row in rows)
     return f"Bits per weight, and mean KL divergence in nats. {'; '.join(told)}."
 
 
@@ -109,7 +113,9 @@ def _legend() -> list[Line2D]:
     ]
     hollow = Line2D([], [], linestyle="--", marker="o", color="#57606a", markerfacecolor="white")
     hollow.set_label("hollow, dashed: without imatrix")
-    return [*marks, Line2D([], [], color=_FRONTIER[0], label=_FRONTIER[1]), hollow]
+    solved = Line2D([], [], color=_FRONTIER[0], label=_FRONTIER[1])
+    calibrated = Line2D([], [], marker="s", markersize=5, color=_CALIBRATED[0], label=_CALIBRATED[1])
+    return [*marks, solved, calibrated, hollow]
 
 
 def _further(rows: Iterable[FidelityRow]) -> str:

@@ -118,9 +118,10 @@ class Reference(Part[FidelityRow], frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """All parts."""
+    """All parts. `calibrated` is the trained reference rounded with GPTQ."""
 
     reference: Reference
+    calibrated: Part[FidelityRow]
     latent: Part[FidelityRow]
     demo: Part[FidelityRow]
     sizes: Part[SizeRow]
@@ -156,5 +157,7 @@ def outdated(figures: Figures) -> Iterator[str]:
         for row in part.rows:
             if row.digest != row.variant.digest:
                 yield f"{name}: {row.variant} has other types now"
+        if name == "calibrated" and part.settings["model"] != figures.reference.settings["model"]:
+            yield f"{name} and reference are different models"
         if "kernels" in part.settings and part.settings["kernels"] != figures.reference.settings["kernels"]:
             yield f"{name} and reference differ in kernels"

@@ -45,6 +45,7 @@ def all_tables(figures: Figures) -> dict[str, str]:
         "bars": bars_table(figures),
         "reference": fidelity_table(figures.reference),
         "alike": alike_table(figures.reference),
+        "calibrated": calibrated_table(figures),
         "frontier": frontier_table(figures.reference),
         "targets": targets_table(figures.reference),
         "sizes": sizes_table(figures.sizes),
@@ -178,6 +179,25 @@ def alike_table(part: Reference) -> str:
         ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
     )
     return markdown_of(columns, part.alike)
+
+
+def calibrated_table(figures: Figures) -> str:
+    """Compare files rounded with GPTQ with files of the same types made with an importance matrix."""
+
+    def base(row: FidelityRow) -> FidelityRow:
+        return figures.reference.row(row.variant)
+
+    columns: Sequence[Column] = (
+        _TYPE,
+        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        _KL,
+        ("against imatrix", "r", lambda row: _divergences(row.windows, base(row).windows)),
+        ("95%", "l", lambda row: _interval(row.windows, base(row).windows)),
+        ("perplexity", "r", lambda row: f"{row.perplexity:.3f}"),
+        ("same top", "r", lambda row: f"{row.same_top:.2%}"),
+        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
+    )
+    return markdown_of(columns, figures.calibrated.rows)
 
 
 def spread(ratios: Sequence[float], control: float) -> str:

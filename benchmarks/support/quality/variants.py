@@ -22,6 +22,8 @@ TIMED = (BASE, *COMPARED)
 """The types whose speed is measured."""
 ALIKE = (BASE, "Q3_K_L", *COMPARED)
 """Types that are also measured with embedding and output in Q8_0."""
+CALIBRATED = ("Q3_K_L", "q4-small", "q4-fast", "q4", BASE, "Q5_K_M")
+"""Types that are also measured with calibrated rounding."""
 LARGE = PRESETS["deepseekmoe-16b"].hp
 
 _DIGITS = 12
