@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ class LayerClock:
 
     def seconds(self) -> list[float]:
         """Return the seconds that each layer took."""
-        return np.diff([self._started, *self._ends.values()]).tolist()
+        times = [self._started, *self._ends.values()]
+        return [end - start for start, end in pairwise(times)]
 
 
 def measure(source: Path, out: Path, word: str, calibration: Calibration, threads: int) -> list[float]:

@@ -146,7 +146,8 @@ def _compare_kernels(
     save: bool,
 ) -> None:
     """Compare the forms of a model's weights, print the result, and save it if `save`."""
-    from dsmoe_local.engine.load.kernel_speeds import FormSpeed, save_speeds
+    from dsmoe_local.engine.load.kernel_speeds import save_speeds
+    from dsmoe_local.engine.load.kernels import FormSpeed
     from dsmoe_local.evaluate.speed.kernel_comparison import (
         FormRun,
         compare_kernels,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from dsmoe_local.engine.load.machine import resident_memory
 from dsmoe_local.protocol.replies import Reply
-
-if TYPE_CHECKING:
-    from dsmoe_local.serve.state import ServerState
+from dsmoe_local.serve.models import Models
 
 _FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Metrics:
-    """Counts what the server does. `/metrics` shows it."""
+    """Counts what the server does. `/metrics` shows it.
 
-    def __init__(self, state: ServerState) -> None:
+    `running` and `queued` return how many replies are decoded, and how many wait for a slot.
+    """
+
+    def __init__(self, models: Models, running: Callable[[], int], queued: Callable[[], int]) -> None:
         registry = self._registry = CollectorRegistry()
         self._requests = Counter("dsmoe_requests", "Requests, by HTTP status.", ["status"], registry=registry)
         self._prompt = Counter("dsmoe_prompt_tokens", "Tokens of prompts.", registry=registry)
@@ -37,19 +38,16 @@ class Metrics:
             "dsmoe_tokens_per_second", "Decoding speed of a reply.", buckets=_SPEEDS, registry=registry
         )
         gauges = {
-            "dsmoe_replies_running": (
-                "Replies that are decoded.",
-                lambda: state.n_active - state.n_queued,
-            ),
-            "dsmoe_replies_queued": ("Replies that wait for a slot.", lambda: state.n_queued),
-            "dsmoe_models_loaded": ("Models in memory.", lambda: len(state.models.loaded)),
+            "dsmoe_replies_running": ("Replies that are decoded.", running),
+            "dsmoe_replies_queued": ("Replies that wait for a slot.", queued),
+            "dsmoe_models_loaded": ("Models in memory.", lambda: len(models.loaded)),
             "dsmoe_engine_crashes": (
                 "Engine processes of loaded models that crashed and were replaced.",
-                lambda: sum(model.engine.crashes for model in state.models.loaded),
+                lambda: sum(model.engine.crashes for model in models.loaded),
             ),
             "dsmoe_engine_resident_bytes": (
                 "Resident memory of the engine processes.",
-                lambda: sum(resident_memory(model.engine.pid) for model in state.models.loaded),
+                lambda: sum(resident_memory(model.engine.pid) for model in models.loaded),
             ),
         }
         for name, (text, value) in gauges.items():

@@ -52,7 +52,7 @@ class ServerState:
         self.executor = ThreadPoolExecutor(n_threads, thread_name_prefix="dsmoe-serve")
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="dsmoe-tokenize")
         self.models = Models(first, source, self.executor, log)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.models, lambda: self.n_active - self.n_queued, lambda: self.n_queued)
         self.mailbox = Mailbox(asyncio.get_running_loop())
         self.last_experts: LastExperts | None = None
         self._admitted: set[Generation] = set()  # those that wait for their model, too

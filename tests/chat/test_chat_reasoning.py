@@ -15,7 +15,8 @@ from support.fake_engine import FakeEngine
 from support.talking import chat_with
 
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.export.formats import FORMATS, About, export_as
+from dsmoe_local.chat.export import FORMATS, export_as
+from dsmoe_local.chat.export.formats import About
 from dsmoe_local.chat.one_shot import answer
 from dsmoe_local.chat.saving import Drafts
 from dsmoe_local.chat.settings import ChatSettings, Think

@@ -16,15 +16,8 @@ from markdown_it.tree import SyntaxTreeNode
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_file_text
 from dsmoe_local.chat.attachments import in_fence
-from dsmoe_local.chat.export.formats import (
-    FORMATS,
-    About,
-    contained,
-    export_as,
-    export_json,
-    export_markdown,
-    title_of,
-)
+from dsmoe_local.chat.export import FORMATS, export_as
+from dsmoe_local.chat.export.formats import About, contained, export_json, export_markdown, title_of
 from dsmoe_local.chat.export.html_page import export_html
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason, Usage

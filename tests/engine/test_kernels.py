@@ -18,8 +18,8 @@ from support.tiny_gguf import MOE, write_tiny
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load import kernels
-from dsmoe_local.engine.load.kernel_speeds import FormSpeed, read_speeds, save_speeds
-from dsmoe_local.engine.load.kernels import FORMS, Kernels, check_deterministic, choose_kernels
+from dsmoe_local.engine.load.kernel_speeds import read_speeds, save_speeds
+from dsmoe_local.engine.load.kernels import FORMS, FormSpeed, Kernels, check_deterministic, choose_kernels
 from dsmoe_local.engine.native.library import backend_function
 from dsmoe_local.engine.types import CHAT_RATIO, PROMPTS_ONLY
 from dsmoe_local.model.ggml import GgmlType, row_bytes

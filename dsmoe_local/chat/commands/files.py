@@ -11,7 +11,8 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import write_text_file
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
-from dsmoe_local.chat.export.formats import About, title_of
+from dsmoe_local.chat.export import export_as
+from dsmoe_local.chat.export.formats import About, export_markdown, title_of
 from dsmoe_local.chat.turns import Role
 
 PICTURE, NUMBERS = "experts.svg", "experts.json"
@@ -37,8 +38,6 @@ def _export(chat: Chat, argument: str) -> None:
             chat.experts.export(path)
             chat.screen.notice(f"written: {path}")
         return
-    from dsmoe_local.chat.export.formats import export_as
-
     transcript = chat.conversation.transcript
     if not transcript.turns:
         raise UsageError("there is nothing to export yet")
@@ -90,8 +89,6 @@ def _last_code(chat: Chat) -> str:
 
 
 def _all(chat: Chat) -> str:
-    from dsmoe_local.chat.export.formats import export_markdown
-
     transcript = chat.conversation.transcript
     return (
         export_markdown(transcript, about(chat))

@@ -1,4 +1,4 @@
-"""A conversation as Markdown or JSON, and the choice of a format by the name of a file.
+"""A conversation as Markdown or JSON.
 
 In Markdown, messages are quoted, and replies are as the model wrote them. A reply cannot change what follows
 it: a code block that it leaves open is closed. HTML in it is not changed.
@@ -26,13 +26,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 
-from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import count, safe_file_line, safe_file_text, safe_line
+from dsmoe_local.base.text import count, safe_file_line, safe_file_text
 from dsmoe_local.chat.attachments import in_fence, without_files
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason
@@ -181,31 +179,3 @@ def _message(turn: Turn) -> dict[str, object]:
         message["finish_reason"] = turn.ending
         message["usage"] = None if turn.usage is None else asdict(turn.usage)
     return message
-
-
-def _export_html(transcript: Transcript, about: About) -> str:
-    # Imported here, since it needs large packages.
-    from dsmoe_local.chat.export.html_page import export_html
-
-    return export_html(transcript, about)
-
-
-FORMATS: Mapping[str, Callable[[Transcript, About], str]] = {
-    ".md": export_markdown,
-    ".json": export_json,
-    ".html": _export_html,
-}
-_ALIASES = {".markdown": ".md", ".htm": ".html"}
-
-
-def export_as(name: str, transcript: Transcript, about: About) -> str:
-    """Return a conversation in the format of a file called `name`. UsageError for an unknown ending."""
-    ending = Path(name).suffix.lower()
-    form = FORMATS.get(_ALIASES.get(ending, ending))
-    if form is None:
-        *others, last = FORMATS
-        raise UsageError(
-            f"{safe_line(name, 60)}: unknown format",
-            remedy=f"a conversation can be exported to {', '.join(others)} or {last}",
-        )
-    return form(transcript, about)

@@ -16,19 +16,11 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
-from dsmoe_local.engine.load.kernels import FORMS, Kernels
+from dsmoe_local.engine.load.kernels import FORMS, FormSpeed, Kernels
 from dsmoe_local.engine.load.machine import cpu_name
 from dsmoe_local.model.identity import file_identity
 
 _MAX_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class FormSpeed:
-    """Tokens per second, above 0."""
-
-    prompt: float
-    decode: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
@@ -20,9 +19,6 @@ from dsmoe_local.engine.types import CHAT_RATIO
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
-
-if TYPE_CHECKING:
-    from dsmoe_local.engine.load.kernel_speeds import FormSpeed
 
 _X86 = frozenset({"x86_64", "amd64"})
 _TILED = frozenset(kind for kind in GgmlType if re.fullmatch(r"Q[2-6]_K|IQ4_XS|IQ[123]_\w+", kind.name))
@@ -48,6 +44,14 @@ class Kernels(StrEnum):
 
 
 FORMS = (Kernels.REPACK, Kernels.TILED, Kernels.PLAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class FormSpeed:
+    """Tokens per second with a form of the weights, above 0."""
+
+    prompt: float
+    decode: float
 
 
 @dataclass(frozen=True, slots=True)

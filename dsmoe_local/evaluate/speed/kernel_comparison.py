@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dsmoe_local.engine.load.kernel_speeds import FormSpeed
-from dsmoe_local.engine.load.kernels import FORMS, Kernels, fastest_form
+from dsmoe_local.engine.load.kernels import FORMS, FormSpeed, Kernels, fastest_form
 from dsmoe_local.engine.types import CHAT_RATIO, PROMPTS_ONLY
 from dsmoe_local.evaluate.speed.output import markdown_table
 from dsmoe_local.evaluate.speed.results import deviation
