@@ -157,7 +157,8 @@ def measure_rounding(given: argparse.Namespace) -> Part[FidelityRow]:
     subject = reference_subject(given.reference)
     with prepared(subject, _amount(given, "calibrated")) as bench:
         rows = measure_calibrated(bench, subject)
-        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=bench.facts())
+        facts = {**bench.facts(), **subject.facts}
+        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=facts)
 
 
 def measure_latent(given: argparse.Namespace) -> Part[Any]:

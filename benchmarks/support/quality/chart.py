@@ -40,8 +40,8 @@ def chart(figures: Figures) -> Figure:
     axes = figure.add_subplot()
     axes.set_yscale("log")
     _draw_frontier(axes, [row for row in part.frontier if row.bits_per_weight <= _MOST_BITS])
-    line = sorted((row.bits_per_weight, row.kl) for row in figures.calibrated.rows)
-    axes.plot([bits for bits, _ in line], [kl for _, kl in line], "s-", color=_CALIBRATED[0], markersize=5)
+    marks = [(row.bits_per_weight, row.kl) for row in figures.calibrated.rows]
+    axes.plot([bits for bits, _ in marks], [kl for _, kl in marks], "s", color=_CALIBRATED[0], markersize=5)
     for word in sorted(dict.fromkeys(row.type for row in shown), key=lambda word: _kind(word) == "ours"):
         _draw_type(axes, word, [row for row in shown if row.type == word])
     axes.set_title("What each type keeps for its size", loc="left", fontweight="bold")
@@ -114,7 +114,9 @@ def _legend() -> list[Line2D]:
     hollow = Line2D([], [], linestyle="--", marker="o", color="#57606a", markerfacecolor="white")
     hollow.set_label("hollow, dashed: without imatrix")
     solved = Line2D([], [], color=_FRONTIER[0], label=_FRONTIER[1])
-    calibrated = Line2D([], [], marker="s", markersize=5, color=_CALIBRATED[0], label=_CALIBRATED[1])
+    calibrated = Line2D(
+        [], [], linestyle="none", marker="s", markersize=5, color=_CALIBRATED[0], label=_CALIBRATED[1]
+    )
     return [*marks, solved, calibrated, hollow]
 
 

@@ -157,7 +157,7 @@ def outdated(figures: Figures) -> Iterator[str]:
         for row in part.rows:
             if row.digest != row.variant.digest:
                 yield f"{name}: {row.variant} has other types now"
-        if name == "calibrated" and part.settings["model"] != figures.reference.settings["model"]:
+        if name == "calibrated" and part.facts["training"] != figures.reference.facts["training"]:
             yield f"{name} and reference are different models"
         if "kernels" in part.settings and part.settings["kernels"] != figures.reference.settings["kernels"]:
             yield f"{name} and reference differ in kernels"
