@@ -23,7 +23,7 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field, identity_of
-from dsmoe_local.model.gguf_writer import plan_files
+from dsmoe_local.model.gguf_writer import GgufPlan, plan_files
 from dsmoe_local.model.split_name import MAX_FILES
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
@@ -102,13 +102,7 @@ def write_output(
         check_job(job)
     with disk_errors(out):
         out = _checked(out, sources)
-        plans = plan_files(metadata, jobs, split_max_size)
-        if len(plans) > MAX_FILES:
-            raise UsageError(
-                f"the model would be split into {len(plans)} files",
-                where=f"--split-max-size {format_size(split_max_size or 0)}",
-                remedy=f"give a size that leads to at most {MAX_FILES} files",
-            )
+        plans = _plans(metadata, jobs, split_max_size)
         for path in final_paths(out, len(plans)):
             _refuse_place(path, sources)
         fingerprint = {
@@ -125,19 +119,16 @@ def write_output(
                 reach("output.complete")
             unfinished.publish(jobs)
             n_resumed = len(jobs) if unfinished.is_verified else len(unfinished.done)
-    n_weights = sum(job.n_rows * job.n_columns for job in jobs)
-    n_weight_bytes = sum(job.n_bytes for job in jobs)
-    seconds = time.monotonic() - started
     return Summary(
         unfinished.path,
         unfinished.size,
-        n_weight_bytes,
-        len(jobs),
-        n_weights,
-        n_resumed,
-        seconds,
-        peak_memory(),
-        len(plans),
+        n_weight_bytes=sum(job.n_bytes for job in jobs),
+        n_tensors=len(jobs),
+        n_weights=sum(job.n_rows * job.n_columns for job in jobs),
+        n_resumed=n_resumed,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        n_files=len(plans),
     )
 
 
@@ -160,6 +151,20 @@ def peak_memory() -> int:
     return unit * sum(
         resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
+
+
+def _plans(
+    metadata: Mapping[str, Field], jobs: Sequence[TensorJob], max_size: int | None
+) -> tuple[GgufPlan, ...]:
+    """Return the plan of each file. UsageError if there are too many."""
+    plans = plan_files(metadata, jobs, max_size)
+    if len(plans) > MAX_FILES:
+        raise UsageError(
+            f"the model would be split into {len(plans)} files",
+            where=f"--split-max-size {format_size(max_size or 0)}",
+            remedy=f"give a size that leads to at most {MAX_FILES} files",
+        )
+    return plans
 
 
 def _fill(
