@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
+from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.progress import Listener
 from dsmoe_local.batch.parquet_input import is_parquet, write_rows
 from dsmoe_local.batch.sources import InputForm, Source, Sources, reading
@@ -20,7 +21,8 @@ from dsmoe_local.batch.spool import Spool
 from dsmoe_local.batch.urls import Url, download, expand
 
 STDIN = Path("-")
-_N_MAGIC = 4
+_N_BEGINNING = 64
+_WEB_PAGE = (b"<!doctype html", b"<html")
 
 
 @contextmanager
@@ -69,7 +71,7 @@ class _Opener:
 
     def _of_file(self, path: Path) -> Source:
         with reading(str(path)), path.open("rb") as file:
-            if is_parquet(path, file.read(_N_MAGIC)):
+            if is_parquet(path, file.read(_N_BEGINNING)):
                 return self._of_rows(path, file, str(path))
         return Source(path, self._form)
 
@@ -78,7 +80,14 @@ class _Opener:
         copy = self._temporary()
         download(url, copy, self._folder, self._listen, self._stop)
         copy.seek(0)
-        if is_parquet(path, copy.read(_N_MAGIC)):
+        beginning = copy.read(_N_BEGINNING)
+        if beginning.lstrip().lower().startswith(_WEB_PAGE):
+            raise FormatError(
+                "the URL leads to a web page, not to a file",
+                where=str(url),
+                remedy="use the address of the file itself; on huggingface.co: …/resolve/main/…",
+            )
+        if is_parquet(path, beginning):
             source = self._of_rows(path, copy, str(url))
             copy.close()  # it may be large
             return source

@@ -31,6 +31,7 @@ _PAGE_BUFFER = 1 << 20
 # Rows that are decoded at once. A prompt may be long, and be stored once for many rows.
 _ROWS = 64
 _EXACT = 2**53  # floats below this are exact integers
+_PROMPTS = frozenset({"prompt", "messages", "body"})
 # Fields that are never text. Arrow cannot store all their values as structs: a text in them is JSON.
 _JSON_FIELDS = frozenset(
     {
@@ -111,6 +112,13 @@ def _columns(schema: pa.Schema, form: InputForm, shown: str) -> list[str]:
     if twice or missing:
         fault = f"the column {twice[0]!r} twice" if twice else f"no column {missing[0]!r}"
         raise FormatError(f"the input has {fault}", where=shown, remedy=f"its columns are {', '.join(names)}")
+    if not form.template and not _PROMPTS & set(names):
+        column = next(iter(names), "column")
+        raise FormatError(
+            "the input has no column prompt, messages or body",
+            where=f"{shown}, with the columns {', '.join(names)}",
+            remedy=f"name the column with the prompt: --template '{{{column}}}'",
+        )
     known = {*form.fields, *ID_FIELDS} if form.template else {*form.fields, *ID_FIELDS, *ENVELOPE, *KNOWN}
     unknown = [name for name in names if name not in known]
     if unknown and not form.template:

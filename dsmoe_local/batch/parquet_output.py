@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _MARK = b"dsmoe_batch"
-# A row group ends after this many records, or bytes of JSON.
+# A row group ends after this many rows, or bytes in Arrow's form.
 _GROUP_ROWS = 1 << 16
 _GROUP_BYTES = 64 << 20
+# The records that are Python objects at once, in bytes of JSON: objects take about ten times as much.
+_CHUNK_BYTES = 1 << 20
 _VERIFIED_ROWS = 4096  # rows that are decoded at once
 # Fields of a record with a value for each reply if there are several.
 _OF_A_REPLY = ("text", "finish_reason", "reasoning_content", "tool_calls", "logprobs")
@@ -84,7 +86,7 @@ def write_parquet(
 
     FileError or NoSpaceError if it cannot be written, InterruptedRunError.
     """
-    from pyarrow import Table, parquet
+    from pyarrow import parquet
 
     schema = schema_of(keep, mark)
     temporary = final.with_name(f".{final.name}.part")
@@ -95,9 +97,9 @@ def write_parquet(
             file = stack.enter_context(temporary.open("wb"))
             n_rows = 0
             with parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-                for group in _groups(records, keep, listen, stop):
-                    writer.write_table(Table.from_pylist(group, schema))
-                    n_rows += len(group)
+                for group in _groups(records, schema, keep, listen, stop):
+                    writer.write_table(group)
+                    n_rows += group.num_rows
             file.flush()
             durable.sync(file.fileno())
             _verify(temporary, n_rows)
@@ -126,27 +128,36 @@ def _verify(path: Path, n_rows: int) -> None:
 
 
 def _groups(
-    records: Path, keep: Sequence[str], listen: Listener, stop: threading.Event
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each row group."""
-    group: list[dict[str, Any]] = []
-    n_bytes = 0
-    with records.open("rb") as file:
-        for line in file:
-            group += _rows(json.loads(line), keep)
-            n_bytes += len(line)
-            if n_bytes >= _GROUP_BYTES or len(group) >= _GROUP_ROWS:
-                yield group
-                listen(Advanced(n_bytes))
-                group, n_bytes = [], 0
-                if stop.is_set():
-                    raise InterruptedRunError(
-                        "interrupted: every record is written, but the Parquet file is not complete",
-                        remedy="run the same command again to continue",
-                    )
+    records: Path, schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
+) -> Iterator[pa.Table]:
+    """Yield the row groups."""
+    from pyarrow import concat_tables
+
+    group: list[pa.Table] = []
+    for chunk in _chunks(records, schema, keep, listen, stop):
+        group.append(chunk)
+        if sum(part.nbytes for part in group) >= _GROUP_BYTES or sum(map(len, group)) >= _GROUP_ROWS:
+            yield concat_tables(group)
+            group = []
     if group:
-        yield group
-        listen(Advanced(n_bytes))
+        yield concat_tables(group)
+
+
+def _chunks(
+    records: Path, schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
+) -> Iterator[pa.Table]:
+    """Yield the rows of all records, a few at a time."""
+    from pyarrow import Table
+
+    with records.open("rb") as file:
+        while lines := file.readlines(_CHUNK_BYTES):
+            yield Table.from_pylist([row for line in lines for row in _rows(json.loads(line), keep)], schema)
+            listen(Advanced(sum(map(len, lines))))
+            if stop.is_set():
+                raise InterruptedRunError(
+                    "interrupted: every record is written, but the Parquet file is not complete",
+                    remedy="run the same command again to continue",
+                )
 
 
 def _rows(record: Mapping[str, Any], keep: Sequence[str]) -> list[dict[str, Any]]:

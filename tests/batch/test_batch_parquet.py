@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -170,6 +172,7 @@ _TIME = pa.timestamp("us")
     ("columns", "form", "told"),
     [
         ({"prompt": ["a"], "label": [1]}, InputForm(), ("the column 'label' is not a field", "--keep label")),
+        ({"q": ["a"]}, InputForm(), ("no column prompt, messages or body", "columns q", "--template '{q}'")),
         ({"prompt": pa.array([0], _TIME)}, InputForm(), ("the column 'prompt' has the type timestamp[us]",)),
         ({"prompt": [b"a"]}, InputForm(), ("the column 'prompt' has the type binary",)),
         (
@@ -288,6 +291,23 @@ def test_columns_are_those_of_the_simple_format(tmp_path: Path) -> None:
     }
 
 
+def test_memory_of_a_row_group(tmp_path: Path) -> None:
+    """Guards: the records of a whole row group as Python objects, which take ten times as much."""
+    record = {**simple_record(everything("a", 1)), "text": "x" * 2000}
+    source = tmp_path / "out.jsonl"
+    n_records = 4000
+    source.write_text((json.dumps(record) + "\n") * n_records)
+    tracemalloc.start()
+    try:
+        write_parquet(source, tmp_path / "out.parquet", [], "mark", ignore, threading.Event())
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    metadata = parquet.read_metadata(tmp_path / "out.parquet")
+    assert (metadata.num_rows, metadata.num_row_groups) == (n_records, 1)
+    assert most < source.stat().st_size / 2
+
+
 def test_output(tmp_path: Path) -> None:
     """Guards: rows in another order than the records; a table that a second run writes again, or not when
     there are new rows; another program's file replaced.
@@ -389,6 +409,30 @@ def test_a_torn_table_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     run_batch(FakeEngine(), options)
     assert parquet.read_table(options.parquet).num_rows == len(records(options.out))
+
+
+class _Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """Guards: code in a file, which pyarrow before 14.0.1 ran to restore the type of a column."""
+    hostile = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(_Touch(tmp_path / "touched")),
+    }
+    schema = pa.schema([pa.field("prompt", pa.string(), metadata=hostile)])
+    table = write_table(tmp_path / "in.parquet", pa.table({"prompt": ["a"]}, schema))
+    assert parquet.read_metadata(table).metadata is not None
+    with lines_of(table, InputForm()) as found:
+        assert [line.values for line in found] == [{"prompt": "a"}]
+    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("n_lost", [1, 4, 100, 300])

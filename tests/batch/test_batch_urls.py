@@ -23,7 +23,14 @@ from support.batches import GREEDY, answer, batch, by_id, records, run_batch, wr
 from support.fake_engine import FakeEngine
 from support.kills import Job, points_of
 
-from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.errors import (
+    DsmoeError,
+    FileError,
+    FormatError,
+    InterruptedRunError,
+    MissingExtraError,
+    UsageError,
+)
 from dsmoe_local.base.progress import Event
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.sources import InputForm, parse_template
@@ -188,6 +195,9 @@ def test_errors_of_inputs(tmp_path: Path) -> None:
     with serving(Web({"/short": CONTENT}, lost=9)) as web:
         short = told(batch(tmp_path, sources=[Url(f"{web.url}/short?token=hidden")]))
         missing = told(batch(tmp_path, sources=[Url(f"{web.url}/missing?token=hidden")]))
+    with serving(Web({"/blob/x.parquet": b"\n<!DOCTYPE html><html>"})) as web:
+        page = told(batch(tmp_path, sources=[Url(f"{web.url}/blob/x.parquet")]), FormatError)
+    assert "the URL leads to a web page" in page
     closed = told(batch(tmp_path, sources=[Url(f"{web.url}/in?token=hidden")]))
     assert "the URL cannot be read" in short
     assert "the URL cannot be read: 404, message='Not Found'" in missing
@@ -261,8 +271,13 @@ class _Losing(MemoryFileSystem):  # type: ignore[misc]
 
     protocol = "losing"
     fails = False
+    hangs: threading.Event | None = None
+    stop = threading.Event()
 
     def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        if self.hangs:
+            self.stop.set()
+            self.hangs.wait(60)
         if self.fails:
             raise RuntimeError("quota of https://host/x?secret=1 exceeded")
         self.pipe(rpath, Path(lpath).read_bytes()[:-1])
@@ -281,6 +296,21 @@ def test_uploads_that_fail(tmp_path: Path, memory: MemoryFileSystem, monkeypatch
     message = told(options)
     assert "the URL cannot be written: quota of https://host/x exceeded" in message
     assert f"it is complete in {options.out}" in message
+    assert texts(options) == WHOLE
+
+
+def test_an_upload_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: Ctrl-C that waits for a store."""
+    fsspec.register_implementation("losing", _Losing, clobber=True)
+    options = batch(tmp_path, *LINES, address=Url("losing://dir/out.jsonl"))
+    released, stop = threading.Event(), threading.Event()
+    monkeypatch.setattr(_Losing, "hangs", released)
+    monkeypatch.setattr(_Losing, "stop", stop)
+    try:
+        with pytest.raises(InterruptedRunError, match=r"out\.jsonl is complete here, but not uploaded"):
+            run_batch(FakeEngine(), options, stop=stop)
+    finally:
+        released.set()
     assert texts(options) == WHOLE
 
 
