@@ -144,7 +144,8 @@ class Source:
         """
         self.shown = shown or str(path)
         self.unit = unit
-        self._name = path.name
+        # Not the name of `path`: the copy of standard input has two.
+        self._name = Path(self.shown).name
         self._is_only = True
         self._form = form
         self._delimiter = None if form.text else _DELIMITERS.get(path.suffix.lower())

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, MissingExtraError, UsageError
 from dsmoe_local.base.faults import reach
-from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
+from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import count, safe_line
 
 T = TypeVar("T")
@@ -175,6 +176,7 @@ def upload(local: Path, url: Url, listen: Listener, stop: threading.Event) -> No
             system.mv(temporary, path)
         _check_size(system, path, size, url)
         listen(Finished(f"uploading {url.name}"))
+        listen(Note(f"uploaded to {url}: {format_size(size)}"))
 
     remedy = f"it is complete in {local}: copy it, or run the same command again"
     with _explained(url, "written", remedy):

@@ -31,7 +31,8 @@ from dsmoe_local.base.errors import (
     MissingExtraError,
     UsageError,
 )
-from dsmoe_local.base.progress import Event
+from dsmoe_local.base.progress import Event, Note
+from dsmoe_local.base.sizes import format_size
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.batch.urls import Url, parse_location
@@ -52,7 +53,8 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 @dataclass
 class Web:
-    """Files by path. `version` gives the ETags, the last one again and again; `ranges` allows parts of files.
+    """Files by path. `version` gives the ETags, the last one again and again. `ranges` allows parts of files,
+    `sized` tells how large they are.
 
     The last `lost` bytes are not sent. `on_get` is called before the content.
     """
@@ -60,6 +62,7 @@ class Web:
     files: dict[str, bytes] = field(default_factory=dict)
     version: list[str] = field(default_factory=lambda: ["1"])
     ranges: bool = True
+    sized: bool = True
     lost: int = 0
     on_get: Any = lambda: None
     url: str = ""
@@ -91,7 +94,10 @@ def serving(web: Web) -> Iterator[Web]:
                 first, last = self.headers["Range"].removeprefix("bytes=").split("-")
                 begin, end = int(first), min(int(last) + 1 if last else end, end)
             self.send_response(206 if end - begin < len(content) else 200)
-            self.send_header("Content-Length", str(end - begin))
+            if web.sized:
+                self.send_header("Content-Length", str(end - begin))
+            else:
+                self.send_header("Connection", "close")
             self.send_header("ETag", web.version.pop(0) if len(web.version) > 1 else web.version[0])
             if web.ranges:
                 self.send_header("Accept-Ranges", "bytes")
@@ -141,13 +147,17 @@ def test_paths_and_urls() -> None:
     assert (secret.name, str(secret)) == ("in.csv", "https://host/dir/in.csv")
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_inputs(tmp_path: Path, memory: MemoryFileSystem, ranges: bool) -> None:
+@pytest.mark.parametrize(("ranges", "sized"), [(True, True), (False, True), (False, False)])
+def test_inputs(tmp_path: Path, memory: MemoryFileSystem, ranges: bool, sized: bool) -> None:
     """Guards: a kind of address, or of file, that is read otherwise than a local file."""
     memory.pipe("/dir/in.jsonl", CONTENT)
     local = write_lines(tmp_path / "local.jsonl", LINES)
     parquet.write_table(pa.Table.from_pylist(LINES), tmp_path / "in.parquet")
-    web = Web({"/in": CONTENT, "/in.parquet?a=b": (tmp_path / "in.parquet").read_bytes()}, ranges=ranges)
+    web = Web(
+        {"/in": CONTENT, "/in.parquet?a=b": (tmp_path / "in.parquet").read_bytes()},
+        ranges=ranges,
+        sized=sized,
+    )
     with serving(web):
         for address in (
             "memory://dir/in.jsonl",
@@ -244,6 +254,7 @@ def test_outputs(tmp_path: Path, memory: MemoryFileSystem) -> None:
     run_batch(FakeEngine(), options, events.append)
     assert memory.cat("/dir/out.jsonl") == options.out.read_bytes()
     assert memory.find("/dir") == ["/dir/out.jsonl"]
+    assert Note(f"uploaded to memory://dir/out.jsonl: {format_size(options.out.stat().st_size)}") in events
     mixed = replace(options, sources=[write_lines(tmp_path / "new.jsonl", [{"id": "x", "prompt": "a"}])])
     assert "out.jsonl has 12 records for lines that the input lacks" in told(mixed)
     with pytest.raises(DsmoeError):

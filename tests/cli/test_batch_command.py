@@ -133,6 +133,9 @@ def test_parquet_and_several_inputs(tmp_path: Path) -> None:
     }
     assert all(row["usage"]["completion_tokens"] > 0 for row in rows if row["index"] == 0)
     assert run(table, out, f"file://{more}", "-n", "2", "--keep", "source").returncode == 0
+    done = run("-", tmp_path / "piped.jsonl", str(more), "-n", "2", given=b'{"prompt": "The"}\n')
+    assert done.returncode == 0, done.stderr
+    assert set(by_id(records(tmp_path / "piped.jsonl"))) == {"standard input:1", "more.jsonl:1"}
     done = run(table, out, "--restart")
     assert done.returncode == 1
     assert "the column 'source' is not a field of a request" in done.stderr
