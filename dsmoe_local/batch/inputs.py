@@ -15,8 +15,9 @@ from typing import BinaryIO, cast
 
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.progress import Listener
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.parquet_input import is_parquet, write_rows
-from dsmoe_local.batch.sources import InputForm, Source, Sources, reading
+from dsmoe_local.batch.sources import Source, Sources, reading
 from dsmoe_local.batch.spool import Spool
 from dsmoe_local.batch.urls import Url, download, expand
 

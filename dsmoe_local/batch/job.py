@@ -13,6 +13,7 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.index import Index, Plan, build_index
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.inputs import STDIN, opened
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
@@ -21,7 +22,7 @@ from dsmoe_local.batch.parquet_input import needs_pyarrow
 from dsmoe_local.batch.parquet_output import mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, Sources
+from dsmoe_local.batch.sources import Sources
 from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.urls import Url, check_upload, upload

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dsmoe_local.base.errors import FormatError, InterruptedRunError, MissingExtraError, UsageError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.lines import ID_FIELDS
 from dsmoe_local.batch.requests import ENVELOPE
-from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.requests import KNOWN
 from dsmoe_local.protocol.strict_json import strict_value

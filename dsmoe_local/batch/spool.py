@@ -15,7 +15,8 @@ from pathlib import Path
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.faults import reach
-from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.input_form import InputForm
+from dsmoe_local.batch.sources import Source
 
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.2

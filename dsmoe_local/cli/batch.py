@@ -222,8 +222,8 @@ def _options(
     sources: tuple[Path | Url, ...], model: Path, n_deterministic: int | None, values: dict[str, Any]
 ) -> BatchOptions:
     """Remove the options of the batch itself from `values`. UsageError for wrong values."""
+    from dsmoe_local.batch.input_form import InputForm, parse_template
     from dsmoe_local.batch.job import BatchOptions
-    from dsmoe_local.batch.sources import InputForm, parse_template
     from dsmoe_local.protocol.requests import RequestDefaults
 
     replies, template = reply_settings(values), values.pop("template")

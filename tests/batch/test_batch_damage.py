@@ -16,8 +16,8 @@ from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.journal import journal_path
-from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.spool import spool_path, spooled
 
 GROUPS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]

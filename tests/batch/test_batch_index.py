@@ -23,8 +23,9 @@ from dsmoe_local.base.progress import Event, Note, ignore
 from dsmoe_local.batch import index as module
 from dsmoe_local.batch import sources
 from dsmoe_local.batch.index import Index, Plan, Resumed, build_index
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.lines import Key, hash64
-from dsmoe_local.batch.sources import InputForm, Source, Sources, Span
+from dsmoe_local.batch.sources import Source, Sources, Span
 from dsmoe_local.batch.workload import cost, prefix_hashes
 from dsmoe_local.engine.types import Message, Prompt, Request
 

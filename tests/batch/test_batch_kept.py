@@ -12,7 +12,7 @@ from support.batches import answer, batch, by_id, run_batch, write_lines
 from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
-from dsmoe_local.batch.sources import InputForm, parse_template
+from dsmoe_local.batch.input_form import InputForm, parse_template
 
 
 def chat(**line: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from support.batches import requests, write_lines
 
 from dsmoe_local.base.errors import DsmoeError, FileError
 from dsmoe_local.batch import lines
-from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.input_form import InputForm
+from dsmoe_local.batch.sources import Source
 from dsmoe_local.engine.types import Message, Request, SamplingParameters
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL, TOOL_FIELDS

@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.progress import Event, Note
-from dsmoe_local.batch.sources import InputForm, parse_template
+from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.summary import BatchSummary, failures_in_words
 from dsmoe_local.engine.errors import PromptError
 

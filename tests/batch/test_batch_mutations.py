@@ -18,9 +18,10 @@ from support.mutations import Outcome, damaged_json, damaged_text, try_mutants
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.index import build_index
+from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.lines import kind_of
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, Source, Sources, parse_template
+from dsmoe_local.batch.sources import Source, Sources
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions

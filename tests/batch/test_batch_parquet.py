@@ -36,6 +36,7 @@ from dsmoe_local.base.errors import (
     UsageError,
 )
 from dsmoe_local.base.progress import ignore
+from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.inputs import opened
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.journal import journal_path
@@ -43,7 +44,6 @@ from dsmoe_local.batch.lines import Line
 from dsmoe_local.batch.parquet_output import write_parquet
 from dsmoe_local.batch.records import Failure, simple_record
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.engine.types import CallDelta, FinishReason, TokenLogprob, Usage
 from dsmoe_local.protocol.replies import Choice, Reply
 
@@ -489,7 +489,7 @@ from pathlib import Path
 import pyarrow as pa
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.inputs import opened
-from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.batch.input_form import InputForm
 path = Path(sys.argv[1])
 with opened([path], InputForm(), None, path.parent, ignore, threading.Event()) as sources:
     n = sum(1 for _ in sources.lines())

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.batches import requests, write_lines
 
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
-from dsmoe_local.batch.sources import InputForm, Source, parse_template
+from dsmoe_local.batch.input_form import InputForm, parse_template
+from dsmoe_local.batch.sources import Source
 from dsmoe_local.engine.types import Message
 
 

@@ -33,8 +33,8 @@ from dsmoe_local.base.errors import (
 )
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.batch.urls import Url, parse_location
 
 LINES = [{"id": str(n), "prompt": f"p{n}"} for n in range(12)]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.requests import request_of
 from dsmoe_local.batch.run import run
-from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.sources import Source
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import Request, SamplingParameters
