@@ -181,6 +181,27 @@ def test_a_gpu_of_this_machine_comes_before_workers() -> None:
     assert enough.devices == ("GPU0",)
 
 
+@pytest.mark.parametrize(
+    ("rooms", "n_gpu_layers", "split", "n_cpu_moe", "fits"),
+    [
+        ((20, 300), ALL_LAYERS, (0, 5), 0, False),
+        ((31 + 111, 400), ALL_LAYERS, (2, 3), 0, True),
+        ((31 + 11, 300), ALL_LAYERS, (2, 3), 1, True),  # those of the GPU of this machine may stay behind
+        ((20, 100), 3, (0, 3), 0, False),
+        ((0, 20 + 111), None, (0, 2), 0, True),
+    ],
+)
+def test_layers_on_workers_keep_their_experts(
+    rooms: tuple[int, int], n_gpu_layers: int | None, split: tuple[int, int], n_cpu_moe: int, fits: bool
+) -> None:
+    """Guards: workers that wait for this machine in every layer, with megabytes of traffic per token."""
+    devices = [DeviceMemory("GPU0", rooms[0]), DeviceMemory("RPC0", rooms[1], worker="host:1")]
+    chosen = place(MOE, devices, PlacementOptions(n_gpu_layers), cache=1, compute={})
+    held = dict(zip(chosen.devices, chosen.split, strict=True))
+    assert tuple(held.get(device.name, 0) for device in devices) == split
+    assert (chosen.n_cpu_moe, chosen.fits) == (n_cpu_moe, fits)
+
+
 def test_several_devices_are_filled_in_turn() -> None:
     """Guards: a layer that is larger than what is left on the device it is given to."""
     rooms = [DeviceMemory("GPU0", 150), DeviceMemory("GPU1", 120), DeviceMemory("GPU2", 1000)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.types import ALL_LAYERS
-from dsmoe_local.model.gguf_file import TensorInfo
+from dsmoe_local.model.ggml import Tensor
 from dsmoe_local.model.hyperparameters import ModelOutline
 from dsmoe_local.model.layout import Role, is_output, layer_of, role_of
 
@@ -136,7 +136,7 @@ def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> De
 
 
 def weight_sizes(
-    tensors: Iterable[TensorInfo], outline: ModelOutline, overrides: Sequence[tuple[str, str]] = ()
+    tensors: Iterable[Tensor], outline: ModelOutline, overrides: Sequence[tuple[str, str]] = ()
 ) -> WeightSizes:
     """Sum the loaded tensors of a file by layer and role."""
     patterns = [(re.compile(pattern), device) for pattern, device in overrides]
@@ -178,14 +178,16 @@ def place(
         if placement is not None:
             return placement
     devices = [_without_fixed(device, weights) for device in devices]
-    candidates = list(_candidates(weights, options)) if devices else [(0, 0)]
+    whole = options.n_cpu_moe is None and any(device.worker for device in devices)
+    candidates = list(_candidates(weights, options, whole)) if devices else [(0, 0)]
     for n_gpu, n_cpu_moe in candidates:
         items = _items(weights, n_gpu, n_cpu_moe, cache if options.offload_cache else 0)
         split = _fill(items, devices, compute)
-        if split is not None:
+        if split is not None and not (whole and _separates(weights, devices, n_gpu, n_cpu_moe, split)):
             return _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
     # The user requested more than fits. The smallest candidate is split as llama.cpp would split it.
     n_gpu, n_cpu_moe = candidates[-1]
+    n_cpu_moe = 0 if whole else n_cpu_moe
     split = _proportional_split(n_gpu, devices)
     placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
     return replace(placement, fits=False)
@@ -233,8 +235,8 @@ def _place_here_first(
     return None
 
 
-def _candidates(weights: WeightSizes, options: PlacementOptions) -> Iterable[tuple[int, int]]:
-    """Yield pairs of n_gpu_layers and n_cpu_moe, the best first."""
+def _candidates(weights: WeightSizes, options: PlacementOptions, whole: bool) -> Iterable[tuple[int, int]]:
+    """Yield pairs of n_gpu_layers and n_cpu_moe, the best first. `whole`: layers keep their experts."""
     n_layers, n_parts = len(weights.layers), weights.n_parts
 
     def count(requested: int, most: int) -> int:
@@ -252,7 +254,22 @@ def _candidates(weights: WeightSizes, options: PlacementOptions) -> Iterable[tup
             first = n_parts - n_gpu
             yield from ((n_gpu, n_cpu_moe) for n_cpu_moe in (0, *range(first + 1, n_layers + 1)))
         else:
-            yield n_gpu, n_layers if any(weights.experts) else 0
+            yield n_gpu, n_layers if any(weights.experts) and not whole else 0
+
+
+def _separates(
+    weights: WeightSizes, devices: Sequence[DeviceMemory], n_gpu: int, n_cpu_moe: int, split: Sequence[int]
+) -> bool:
+    """Return True if a worker gets a layer whose routed experts stay in main memory.
+
+    Each such layer costs two round trips per token. llama.cpp then also sends the graph again for each part.
+    """
+    position = weights.n_parts - n_gpu
+    for device, count in zip(devices, split, strict=True):
+        if device.worker and count and position < n_cpu_moe:
+            return True
+        position += count
+    return False
 
 
 def _items(weights: WeightSizes, n_gpu: int, n_cpu_moe: int, cache: int) -> list[int]:
