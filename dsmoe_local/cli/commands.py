@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
     "serve": CommandEntry("dsmoe_local.cli.serve", "Serve a model over HTTP with OpenAI's API."),
     "worker": CommandEntry("dsmoe_local.cli.worker", "Compute layers of other machines' models."),
+    "plan": CommandEntry("dsmoe_local.cli.plan", "Plan a large model for several machines."),
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show a model's shape, sizes and costs."),
     "eval": CommandEntry("dsmoe_local.cli.eval", "Measure perplexity and KL divergence."),
     "imatrix": CommandEntry("dsmoe_local.cli.imatrix", "Collect an importance matrix for quantize."),

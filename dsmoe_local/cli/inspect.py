@@ -53,9 +53,9 @@ def command(target: str | None, named_model: str | None, as_json: bool) -> None:
 
     MODEL is a GGUF file, or a name that `dsmoe models` lists. FOLDER holds a Hugging Face checkpoint, or its
     config.json only. PRESET is a published model: deepseek-v2-lite, moonlight-16b-a3b, deepseek-v3, kimi-k2,
-    glm-4.7-flash, glm-4.5-air, qwen1.5-moe-a2.7b, qwen3-30b-a3b, ling-mini-2.0 or olmoe-1b-7b; or one of the
-    DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b, deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b,
-    deepseek-7b, deepseek-67b or llama2-7b.
+    glm-4.7-flash, glm-4.5-air, qwen1.5-moe-a2.7b, qwen3-30b-a3b, qwen3-235b-a22b, ling-mini-2.0 or
+    olmoe-1b-7b; or one of the DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b, deepseekmoe-145b,
+    deepseekmoe-142b-half, gshard-137b, deepseek-7b, deepseek-67b or llama2-7b.
     """
     from dsmoe_local.model import report as reports
     from dsmoe_local.model.config_json import FILE_NAME

@@ -182,6 +182,10 @@ _FAMILY = (
                n_kv_heads=4, head_dim=128, has_qk_norm=True, ffn_size=6144, n_dense_layers=0,
                n_routed_experts=128, n_experts_per_token=8, expert_size=768, normalized_weights=True,
                n_vocab=151936, n_context=40960),
+    _published("Qwen3-235B-A22B", architecture="qwen3moe", n_layers=94, hidden_size=4096, n_heads=64,
+               n_kv_heads=4, head_dim=128, has_qk_norm=True, ffn_size=12288, n_dense_layers=0,
+               n_routed_experts=128, n_experts_per_token=8, expert_size=1536, normalized_weights=True,
+               n_vocab=151936, n_context=40960),
     # huggingface.co/inclusionAI/Ling-mini-2.0
     _published("Ling-mini-2.0", _SIGMOID, architecture="bailingmoe2", n_layers=20, hidden_size=2048,
                n_heads=16, n_kv_heads=4, head_dim=128, rotary_dim=64, has_qk_norm=True, ffn_size=5120,

@@ -37,6 +37,7 @@ PUBLISHED_OF_THE_FAMILY = {
     "glm-4.5-air": (106, 12),
     "qwen1.5-moe-a2.7b": (14.3, 2.7),
     "qwen3-30b-a3b": (30.5, 3.3),
+    "qwen3-235b-a22b": (235, 22),
     "ling-mini-2.0": (16.3, 1.4),
     "olmoe-1b-7b": (6.9, 1.3),
 }

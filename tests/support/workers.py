@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import pytest
 
@@ -85,3 +86,32 @@ def service(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
+
+
+@contextmanager
+def counted(running: Sequence[RunningWorker]) -> Iterator[tuple[list[str], list[int]]]:
+    """Put a proxy before each worker. Yields their addresses, and a list of the sizes of what passes."""
+    sizes: list[int] = []
+
+    def pass_on(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(1 << 16):
+                sizes.append(len(part))
+                target.sendall(part)
+        # The other direction ends, too.
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def connect(worker: RunningWorker, client: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", worker.port)) as server:
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            back = threading.Thread(target=pass_on, args=(server, client), daemon=True)
+            back.start()
+            pass_on(client, server)
+            back.join()
+
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(service(partial(connect, each))) for each in running]
+        yield addresses, sizes

@@ -85,7 +85,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         if template is not None:
             made.callback(template.close)
         unified = _unified(options)
-        context_of = partial(_context_options, options, unified=unified)
+        context_of = partial(context_options, options, unified=unified)
         request = ContextRequest(options.n_context, outline.n_context, options.n_parallel, unified)
         fit = fit_model(options, file, outline, request, context_of)
         for note in fit.notes:
@@ -269,7 +269,7 @@ def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_train
     return min(n_context, max(n_trained, share)) if unified else share
 
 
-def _context_options(
+def context_options(
     options: ModelOptions,
     flash_attention: str,
     n_context: int,
@@ -277,6 +277,7 @@ def _context_options(
     unified: bool,
     eval_callback: object = None,
 ) -> native.ContextOptions:
+    """Return the options of a context of `n_context` tokens. `flash_attention` replaces that of `options`."""
     # A batch must have room for one token of every sequence and one of a prompt.
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
     n_ubatch = min(options.n_ubatch, n_batch)
