@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -143,7 +144,7 @@ def _unsupported(kind: pa.DataType) -> str:
     from pyarrow import types
 
     scalar = (
-        *(types.is_null, types.is_boolean, types.is_integer, types.is_floating),
+        *(types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal),
         *(types.is_string, types.is_large_string, types.is_string_view),
     )
     nested = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
@@ -196,6 +197,8 @@ def _as_json(value: Any) -> Any:  # noqa: ANN401 - JSON
         return {str(name): _as_json(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
         return [_as_json(part) for part in value]
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_column_types(tmp_path: Path) -> None:
         "user": pa.array(texts).dictionary_encode(),
         "max_tokens": pa.array([3, None, 5], pa.uint8()),
         "top_p": pa.array([0.5, 1, None], pa.float32()),
+        "temperature": pa.array([Decimal("0.7"), None, Decimal("1.0")]),  # what SQL makes of 0.7
         "logit_bias": pa.array([[(5, -1.5)], None, []], pa.map_(pa.int32(), pa.float32())),
         "stop": pa.array([["a"], None, ["b", "c"]], pa.list_view(pa.string_view())),
         "__index_level_0__": pa.array([7, 8, 9]),
@@ -126,7 +128,12 @@ def test_column_types(tmp_path: Path) -> None:
     table = write_table(tmp_path / "in.bin", pa.table(columns), row_group_size=2)
     with lines_of(table, InputForm(keep=("user",))) as found:
         first, second, third = (request_of(line, GREEDY) for line in found)
-    assert (first.id, first.max_tokens, first.sampling.top_p) == ("1", 3, 0.5)
+    assert (first.id, first.max_tokens, first.sampling.top_p, first.sampling.temperature) == (
+        "1",
+        3,
+        0.5,
+        0.7,
+    )
     assert first.logit_bias == ((5, -1.5),)
     assert (second.id, second.max_tokens, second.stop) == ("2", None, ())
     assert (third.id, third.prompt, third.stop) == ("row-3", "r", ("b", "c"))
