@@ -12,7 +12,8 @@ from dsmoe_local.protocol.replies import ReplyBuilder
 class Collector:
     """Collects the events of one request in `builder`. `finished` is called once, after the last event.
 
-    `line` is the input line of `task`. `alone`: no other request runs at the same time.
+    `line` is the input line of `task`. `alone`: no other request runs at the same time. `n_events` counts the
+    steps of the request.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class Collector:
         self.line = line
         self.builder = builder
         self.alone = alone
+        self.n_events = 0
         self.error: BaseException | None = None
         self._finished = finished
 
     def deliver(self, event: TokenEvent | BaseException | None) -> None:
         """Add an event; None or an exception ends the request."""
+        self.n_events += 1
         if isinstance(event, TokenEvent):
             self.builder.add(event)
         else:

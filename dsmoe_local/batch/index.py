@@ -7,6 +7,7 @@ depend on the number of lines.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -35,8 +36,9 @@ _REPORT_BYTES = 1 << 20
 _BLOCK = 256  # rows that are read at once: each query hands the GIL to other threads
 _BUFFERED = 1024  # rows that are inserted at once
 # `position` is the index of a line in the input, from 0; `record` the number of its record, from 1, or NULL.
-# `task` is the index of a line without a record in the order of the work, from 0. The transaction is never
-# committed: nothing outlives the connection.
+# `task` is the index of a line without a record in the order of the work, from 0; `shared` the bytes of its
+# prefix that it shares with the task before. The transaction is never committed: nothing outlives the
+# connection.
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 CREATE TABLE line (
@@ -47,7 +49,7 @@ CREATE TABLE line (
     record INTEGER
 );
 CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB);
-CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER);
+CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER, shared INTEGER);
 BEGIN;
 """
 _CHANGED = """
@@ -71,8 +73,8 @@ _GROUPS = ", ".join(
 )
 _LEFT = "SELECT position, prefixes, length FROM line WHERE record IS NULL ORDER BY"
 _ENTRIES = """
-SELECT task, number, offset, length, id, content FROM work JOIN line USING (position)
-WHERE task BETWEEN ? AND ?
+SELECT shared, number, offset, length, id, content FROM work JOIN line USING (position)
+WHERE task BETWEEN ? AND ? ORDER BY task
 """
 # The hashes that several lines have, in the order of the first of these lines.
 _REPEATED = "SELECT id FROM line GROUP BY id HAVING count(*) > 1 ORDER BY min(position)"
@@ -173,23 +175,38 @@ class Index:
         for position, prefixes, length in self._rows(
             f"{_LEFT} position" if ordered else f"{_LEFT} {_GROUPS}, cost DESC, position"
         ):
-            self._buffer.append((n_lines, position))
+            shared = min(shared_bytes(last_prefixes, prefixes), last_length, length)
+            self._buffer.append((n_lines, position, shared))
             n_lines += 1
-            n_shared += min(shared_bytes(last_prefixes, prefixes), last_length, length)
+            n_shared += shared
             last_prefixes, last_length = prefixes, length
             if len(self._buffer) == _BUFFERED:
-                self._insert("INSERT INTO work VALUES (?, ?)")
-        self._insert("INSERT INTO work VALUES (?, ?)")
+                self._insert("INSERT INTO work VALUES (?, ?, ?)")
+        self._insert("INSERT INTO work VALUES (?, ?, ?)")
         return Plan(n_lines, n_shared)
 
     def entry(self, task: int) -> tuple[Span, Key]:
         """Return the span and the key of a task's line. Fast if tasks are read in order."""
         if task not in self._block:
-            self._block = {
-                number: (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content)))
-                for number, *span, id_hash, content in self._rows(_ENTRIES, task, task + _BLOCK - 1)
-            }
+            found = zip(itertools.count(task), self._entries(task, _BLOCK))
+            self._block = {number: entry for number, (entry, _) in found}
         return self._block[task]
+
+    def group(self, task: int, n_most: int) -> list[tuple[Span, Key]]:
+        """Return the entries of a task and those after it, up to `n_most`, but at least half as many.
+
+        The group ends where neighbours have the shortest common prefix.
+        """
+        found = list(self._entries(task, n_most + 1))
+        end = len(found)
+        if end > n_most:
+            end = min(range(n_most, max(1, n_most // 2) - 1, -1), key=lambda number: found[number][1])
+        return [entry for entry, _ in found[:end]]
+
+    def _entries(self, task: int, n_most: int) -> Iterator[tuple[tuple[Span, Key], int]]:
+        """Yield the entries of up to `n_most` tasks, each with the bytes shared with the task before."""
+        for shared, *span, id_hash, content in self._rows(_ENTRIES, task, task + n_most - 1):
+            yield (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content))), shared
 
     def _insert(self, statement: str) -> None:
         with _explained():

@@ -22,7 +22,7 @@ from dsmoe_local.batch.parquet_input import needs_pyarrow
 from dsmoe_local.batch.parquet_output import mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import Sources
+from dsmoe_local.batch.sources import Sources, Span
 from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.urls import Url, check_upload, upload
@@ -77,20 +77,14 @@ class Job:
 
     def line(self, task: int) -> Line:
         """Read the line of a task again; `Index.entry` numbers tasks. FormatError if the line has changed."""
-        span, key = self.index.entry(task)
+        return self.line_at(*self.index.entry(task))
+
+    def line_at(self, span: Span, key: Key) -> Line:
+        """Read a line again whose place and key are known. FormatError if it has changed."""
         line = self.sources.line(span)
         if line.key != key:
             raise FormatError("the input has changed since the batch started", where=self.sources.place(span))
         return line
-
-    def request(self, line: Line) -> Request:
-        """Return the request that a line asks for. Raises RequestError, UsageError."""
-        request = request_of(line, self.options.defaults)
-        sampling = request.sampling
-        if self.options.deterministic and sampling.seed is None and sampling.temperature > 0:
-            seed = (line.key.id ^ line.key.content) % _SEEDS
-            request = replace(request, sampling=replace(sampling, seed=seed))
-        return request
 
     @property
     def workload(self) -> Workload:
@@ -109,14 +103,15 @@ class Job:
 
     def require(self, info: ModelInfo) -> None:
         """With `deterministic`: FileError unless the model is loaded as it was for the existing records."""
-        if not self.options.deterministic:
-            return
+        if self.options.deterministic:
+            self.output.require(self.loaded(info))
+
+    def loaded(self, info: ModelInfo) -> Mapping[str, str]:
+        """Return what replies depend on with `deterministic` and that is known once the model is loaded."""
         longest = self.index.workload.n_longest
         enough = info.n_context >= (info.n_context_trained if longest is None else longest)
         context = "enough for every line" if enough else f"{info.n_context} tokens"
-        self.output.require(
-            {"context of a request": context, "threads": str(info.n_threads), "kernels": info.kernels}
-        )
+        return {"context of a request": context, "threads": str(info.n_threads), "kernels": info.kernels}
 
     def finish(self, listen: Listener = ignore, stop: threading.Event | None = None) -> None:
         """Write the Parquet file, upload the output, and remove the copy of standard input.
@@ -132,6 +127,16 @@ class Job:
             upload(options.parquet or options.out, options.address, listen, stop)
         if STDIN in options.sources:
             spool_path(options.out).unlink(missing_ok=True)
+
+
+def request_for(line: Line, options: BatchOptions) -> Request:
+    """Return the request that a line asks for. Raises RequestError, UsageError."""
+    request = request_of(line, options.defaults)
+    sampling = request.sampling
+    if options.deterministic and sampling.seed is None and sampling.temperature > 0:
+        seed = (line.key.id ^ line.key.content) % _SEEDS
+        request = replace(request, sampling=replace(sampling, seed=seed))
+    return request
 
 
 def check_paths(options: BatchOptions, stop: threading.Event) -> None:

@@ -25,6 +25,7 @@ _KINDS = {
     "template_error": "with messages that the chat template refuses",
     "native_error": "because llama.cpp failed",
     "engine_crash_error": "because the engine crashed",
+    "worker_lost_error": "because their workers were lost",
 }
 
 
@@ -37,11 +38,24 @@ def failures_in_words(failures: Counter[str]) -> str:
 
 
 @dataclass(slots=True)
+class WorkerSummary:
+    """What a worker of a cluster has done. `n_tokens` are generated ones, `seconds` the time until its last
+    report.
+    """
+
+    node: str
+    n_records: int = 0
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class BatchSummary:
     """What a batch has done.
 
     `n_records` counts the synced records; `n_resumed` of them are from earlier runs. `failures` counts the
-    records without a reply, by kind. Token counts and seconds are those of this run.
+    records without a reply, by kind. Token counts and seconds are those of this run. `workers` are those of a
+    cluster, by name.
     """
 
     n_requests: int = 0
@@ -52,6 +66,7 @@ class BatchSummary:
     n_completion_tokens: int = 0
     seconds: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
+    workers: dict[str, WorkerSummary] = field(default_factory=dict)
 
     @property
     def n_failed(self) -> int:
@@ -73,8 +88,13 @@ class BatchSummary:
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         seconds = self.seconds or 1.0
+        values = asdict(self)
+        workers = [
+            {**worker, "tokens_per_second": round(worker["n_tokens"] / (worker["seconds"] or 1.0), 2)}
+            for worker in values.pop("workers").values()
+        ]
         return {
-            **asdict(self),
+            **values,
             "n_failed": self.n_failed,
             # asdict does not copy a Counter correctly.
             "failures": dict(self.failures),
@@ -82,6 +102,7 @@ class BatchSummary:
             "prompt_tokens_per_second": round(self.n_prompt_tokens / seconds, 2),
             "completion_tokens_per_second": round(self.n_completion_tokens / seconds, 2),
             "cached_share": round(self.cached_share, 4),
+            **({"workers": workers} if workers else {}),
         }
 
     def in_words(self) -> str:
@@ -97,6 +118,7 @@ class BatchSummary:
             f"{count(self.n_prompt_tokens, 'token')} read ({self.n_prompt_tokens / seconds:.0f}/s, "
             f"{self.cached_share:.0%} cached), {self.n_completion_tokens:,} generated "
             f"({self.n_completion_tokens / seconds:.0f}/s)"
+            + (f", by {count(len(self.workers), 'worker')}" if self.workers else "")
         )
 
 

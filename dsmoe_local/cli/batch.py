@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from dsmoe_local.cli.options import (
 )
 from dsmoe_local.cli.output import show_result
 from dsmoe_local.cli.progress import run_with_progress
+from dsmoe_local.cli.ray_options import ray_options, run_on_ray, take_ray_options
 from dsmoe_local.cli.reply_options import reply_options, reply_settings
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class _Location(click.Path):
     "batch",
     ("dsmoe batch in.jsonl -o out.jsonl -m m.gguf", "Answer requests."),
     ("dsmoe batch q.txt --text --chat -o out.jsonl", "One question per line."),
+    ("dsmoe batch in.jsonl -o out.jsonl --ray", "Let a Ray cluster answer."),
     ('dsmoe batch w.csv --template "Define {word}." -o out.jsonl', "Fill in a column of a table."),
     ("dsmoe batch 's3://b/*.parquet' -o out.parquet", "Read and write Parquet."),
     options_metavar="-o OUT [OPTIONS]",
@@ -152,6 +155,7 @@ class _Location(click.Path):
     Group.OUTPUT,
 )
 @json_option("Print the summary as JSON, as the last line on stderr.", group=Group.OUTPUT)
+@ray_options
 @model_options
 @reply_options
 def command(
@@ -176,6 +180,7 @@ def command(
     model = find_model(named_model=named_model)
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
+    ray = take_ray_options(values)
     options = _options(sources, model, n_parallel if deterministic else None, values)
     _check_outputs(model, options, values["log_file"])
     stop = threading.Event()
@@ -183,9 +188,11 @@ def command(
         job = run_with_progress(
             lambda listen, stop: stack.enter_context(prepared(options, listen, stop)), stop
         )
-        if job.plan.n_lines:
+        if job.plan.n_lines and ray is not None:
+            run_on_ray(ray, model, values, partial(_complete, job=job), n_parallel, job, stop)
+        elif job.plan.n_lines:
             engine = stack.enter_context(
-                load_engine(model, values, lambda options: _complete(options, n_parallel, job), stop)
+                load_engine(model, values, partial(_with_parallel, n_parallel=n_parallel, job=job), stop)
             )
             run_with_progress(lambda listen, stop: run(engine, job, listen, stop), stop)
         else:
@@ -205,17 +212,21 @@ def _check_outputs(model: Path, options: BatchOptions, log_file: Path | None) ->
         raise UsageError("-o and --log-file name the same file", where=str(log_file))
 
 
-def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
-    """Set the number of requests at once; 0: what suits the remaining work."""
-    from dsmoe_local.engine.load.parallel import choose_parallel
-
-    options = replace(
+def _complete(options: ModelOptions, job: Job) -> ModelOptions:
+    """Set what depends on the job."""
+    return replace(
         options,
         deterministic=job.options.deterministic,
         prompt_ratio=job.prompt_ratio,
         scores_prompts=job.index.workload.scores_prompts,
     )
-    return choose_parallel(options, job.workload, n_parallel or None)
+
+
+def _with_parallel(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
+    """Set what depends on the job, and the number of requests at once; 0: what suits the remaining work."""
+    from dsmoe_local.engine.load.parallel import choose_parallel
+
+    return choose_parallel(_complete(options, job), job.workload, n_parallel or None)
 
 
 def _options(

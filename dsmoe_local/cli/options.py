@@ -33,6 +33,7 @@ class Group(StrEnum):
     CALIBRATION = "Calibrated rounding"
     SENSITIVITY = "Sensitivity"
     SAMPLING = "Sampling"
+    CLUSTER = "Ray cluster"
     DEVICES = "Memory and devices"
     ADVANCED = "Advanced"
 

@@ -19,7 +19,7 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError, LockedError,
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.journal import journal_path
-from dsmoe_local.batch.run import ErrorLimitError
+from dsmoe_local.batch.writer import ErrorLimitError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.types import Request, SamplingParameters
 from dsmoe_local.protocol.requests import RequestDefaults

@@ -16,7 +16,7 @@ from support.batches import by_id, records, run_batch, write_lines
 from support.fake_engine import FakeEngine
 from support.kills import Child, Job, points_of
 
-from dsmoe_local.batch import run as batch_run
+from dsmoe_local.batch import writer
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.engine.types import SamplingParameters
 from dsmoe_local.protocol.requests import RequestDefaults
@@ -27,7 +27,7 @@ REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced", 
 
 def work(source: str, piped: str, out: str) -> None:
     """The work of a child: a batch from a file or from standard input, on an engine without a model."""
-    batch_run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
+    writer._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
     defaults = RequestDefaults(SamplingParameters(temperature=1))
     named = Path("-") if piped else Path(source)
     options = BatchOptions([named], Path(out), defaults, "simple", deterministic=True)

@@ -31,6 +31,8 @@ BROKEN = "support.hosted:broken"
 WAITING = "support.hosted:waiting"
 CHOOSY = "support.hosted:choosy"
 ONCE = "support.hosted:loading_once"
+HALTING_ONCE = "support.hosted:halting_once"
+GATED = "support.hosted:gated"
 
 
 class Hosted(FakeEngine):
@@ -221,3 +223,23 @@ def loading_once(options: ModelOptions, listen: Listener, stop: threading.Event)
             _FOR_EVER.wait()
         raise OutOfMemoryError("no room any more") from None
     return Hosted()
+
+
+def halting_once(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Load an engine that halts; if a file beside the model shows that there was one, a normal engine."""
+    try:
+        options.path.with_name("halted").touch(exist_ok=False)
+    except FileExistsError:
+        return Hosted()
+    return halting(options, listen, stop)
+
+
+def gated(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Load an engine whose replies wait until there is a file `go` beside the model."""
+    go = options.path.with_name("go")
+
+    def wait(index: int) -> None:
+        while not go.exists():
+            _FOR_EVER.wait(0.02)
+
+    return Hosted(wait)

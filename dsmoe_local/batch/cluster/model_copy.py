@@ -1,0 +1,84 @@
+"""A copy of a model that arrives in pieces. It gets its final name when it is complete and verified."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, FormatError, NoSpaceError
+from dsmoe_local.model.identity import file_identity
+
+
+class ModelCopy:
+    """Writes the files of a model to a folder, which appears when `finish` is called.
+
+    It holds a lock until it is closed. Methods raise FileError, NoSpaceError, LockedError.
+    """
+
+    def __init__(self, folder: Path, n_bytes: int) -> None:
+        """Begin a copy of `n_bytes`. What an earlier copy left unfinished is removed."""
+        self._folder = folder
+        # A fixed name, so that the next copy replaces what a kill leaves behind.
+        self._temporary = folder.with_name(f".{folder.name}.part")
+        self._name = ""
+        self._file: BinaryIO | None = None
+        self._stack = ExitStack()
+        with _naming_errors(folder):
+            durable.make_folders(folder.parent)
+            self._stack.enter_context(durable.locked(folder))
+            try:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+                durable.require_space(folder.parent, n_bytes, "free some space on this node")
+                self._temporary.mkdir()
+            except BaseException:
+                self._stack.close()
+                raise
+
+    def write(self, name: str, content: bytes) -> None:
+        """Append to the file `name`. Files must be written one after the other."""
+        with _naming_errors(self._folder):
+            if name != self._name or self._file is None:
+                self._end_file()
+                self._name, self._file = name, (self._temporary / name).open("xb")
+            self._file.write(content)
+
+    def finish(self, name: str, identity: str) -> None:
+        """Verify and publish the copy of the model whose first file is `name`. FormatError if it differs."""
+        with _naming_errors(self._folder):
+            self._end_file()
+            durable.sync_folder(self._temporary)
+            if file_identity(self._temporary / name) != identity:
+                raise FormatError("the copy of the model is not equal to it", where=self._folder)
+            # A folder that exists has another content: otherwise there would be no copy.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            durable.replace(self._temporary, self._folder)
+        self.close()
+
+    def close(self) -> None:
+        """Remove a copy that is not finished, and release the lock."""
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._stack.close()
+
+    def _end_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            durable.sync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def _naming_errors(folder: Path) -> Iterator[None]:
+    """Raise OSError as FileError or NoSpaceError with the folder."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
+        raise kind(f"the model cannot be copied: {error.strerror}", where=folder) from error

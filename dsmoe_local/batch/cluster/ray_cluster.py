@@ -1,0 +1,435 @@
+"""A cluster of Ray actors, each of which is a worker. The only module that imports Ray."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError
+from dsmoe_local.base.progress import Listener, Note
+from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.batch.cluster.interface import (
+    Event,
+    Fault,
+    Item,
+    Joined,
+    Lost,
+    Refused,
+    Report,
+    Reported,
+)
+from dsmoe_local.batch.cluster.worker import Loaded, NoModel, Worker, WorkerOptions
+from dsmoe_local.model.gguf_split import read_parts
+
+LOCAL = "local"
+"""The address of a cluster that is started on this machine, and ends with the batch."""
+AUTO = "auto"
+"""The address of the cluster that RAY_ADDRESS names, or that this machine belongs to."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's handler of SIGTERM would replace ours, and print a stack.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+    # Do not print messages of the cluster's processes on stdout.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    # A worker without GPUs of its own may use what --device names.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_OBJECT_STORE = 256 << 20  # of a cluster on this machine; only large messages use it
+_CHUNK = 16 << 20  # of a model that is copied
+_CONNECT_SECONDS = 5.0  # Ray itself waits for minutes
+_POLL_SECONDS = 0.1
+_NODES_SECONDS = 2.0  # between looks for new nodes
+_NODE_SECONDS = 60.0  # the wait for a new node when the last worker was lost
+_HEARTBEAT_SECONDS = 1.0
+_CALL_SECONDS = 0.002  # what a report costs here: workers wait so long for more answers, times their number
+_MAX_WAIT_SECONDS = 2.0
+_MAX_DEATHS = 3  # of a node's workers before they have loaded the model
+_NODE_DIED = re.compile(r"because (its|the) node")
+_MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class RayOptions:
+    """Where the cluster is, and what its workers get.
+
+    `address` is LOCAL, AUTO or HOST:PORT. `n_workers` None: as many as have room. `n_cpus`, `n_gpus` and
+    `memory` (bytes) are reserved for each worker; None: an equal part of the node, and no memory.
+    `ship_model`: nodes without the model get a copy.
+    """
+
+    address: str = AUTO
+    n_workers: int | None = None
+    n_cpus: int | None = None
+    n_gpus: int | None = None
+    memory: int | None = None
+    ship_model: bool = False
+
+
+class _Stage(Enum):
+    LOADING = auto()
+    COPYING = auto()
+    WAITING = auto()  # for a copy of the model by another worker of the node
+    WORKING = auto()
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """An actor. `call` is its unfinished call; `copy` yields the calls that copy the model to its node."""
+
+    name: str
+    node: _Node
+    actor: Any
+    stage: _Stage = _Stage.LOADING
+    call: Any = None
+    copy: Iterator[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A node with its total resources."""
+
+    id: str
+    name: str
+    n_cpus: int
+    n_gpus: int
+    memory: int
+
+
+class RayCluster:
+    """Starts workers on all nodes that have room for them, also on nodes that are added later."""
+
+    def __init__(
+        self, options: RayOptions, worker: WorkerOptions, listen: Listener, stop: threading.Event
+    ) -> None:
+        """Connect to the cluster. Raises DsmoeError; MissingExtraError without Ray; InterruptedRunError."""
+        self._options = options
+        self._worker = worker
+        self._listen = listen
+        self._ray = _import_ray()
+        self._closed = threading.Event()
+        try:
+            _connect(self._ray, options.address, stop, self._closed)
+        except BaseException:
+            self._closed.set()
+            raise
+        # A copy of the options in the object store, for all workers.
+        self._shared = self._ray.put(worker)
+        self._n_started = 0
+        self._members: dict[str, _Member] = {}
+        self._events: list[Event] = []
+        self._n_most: dict[str, int] = {}  # workers that a node can have, if less than have room
+        self._deaths: Counter[str] = Counter()
+        self._looked = -math.inf
+        self._refused: Refused | None = None  # the last node
+        self._empty_since: float | None = None  # when it was found that there are no workers
+
+    @property
+    def n_starting(self) -> int:
+        """See Cluster."""
+        return sum(member.stage is not _Stage.WORKING for member in self._members.values())
+
+    def poll(self, seconds: float) -> Sequence[Event]:
+        """See Cluster."""
+        self._start_workers()
+        calls = {member.call: member for member in self._members.values() if member.call is not None}
+        if calls:
+            ready, _ = self._ray.wait(list(calls), timeout=0 if self._events else seconds)
+            if ready and len(calls) > 1:
+                ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
+            for call in ready:
+                # Another event may have removed it.
+                if calls[call].name in self._members:
+                    self._settle(calls[call])
+        elif not self._events:
+            time.sleep(seconds)
+        events, self._events = self._events, []
+        return events
+
+    def give(self, worker: str, items: Sequence[Item]) -> None:
+        """See Cluster."""
+        member, n_workers = self._members[worker], len(self._members)
+        more_seconds = min(_MAX_WAIT_SECONDS, n_workers * _CALL_SECONDS)
+        member.call = member.actor.work.remote(items, _HEARTBEAT_SECONDS + more_seconds, more_seconds)
+
+    def reload(self, worker: str) -> None:
+        """See Cluster."""
+        self._load(self._members[worker])
+
+    def discard(self, worker: str, *, for_good: bool) -> None:
+        """See Cluster."""
+        member = self._members[worker]
+        self._remove(member)
+        if for_good:
+            self._n_most[member.node.id] = self._n_workers(member.node)
+
+    def close(self) -> None:
+        """See Cluster."""
+        for member in list(self._members.values()):
+            self._remove(member)
+        self._ray.shutdown()
+        self._closed.set()
+
+    # Starting workers.
+
+    def _start_workers(self) -> None:
+        """Start the workers that are missing."""
+        now = time.monotonic()
+        if now - self._looked < _NODES_SECONDS:
+            return
+        self._looked = now
+        nodes = [_node(found) for found in self._ray.nodes() if found["Alive"]]
+        n_wanted = self._options.n_workers
+        each = 1 if n_wanted is None else -(-n_wanted // max(1, len(nodes)))
+        while n_wanted is None or len(self._members) < n_wanted:
+            free = [node for node in nodes if self._n_workers(node) < self._room(node, each)]
+            if not free:
+                break
+            self._start(min(free, key=self._n_workers), each)
+        self._check_workers(nodes, now)
+
+    def _check_workers(self, nodes: Sequence[_Node], now: float) -> None:
+        """Raise DsmoeError if there is no worker, and a new node would not help or did not come."""
+        if self._members:
+            self._empty_since = None
+            return
+        if self._refused is not None:
+            fault = self._refused.fault
+            raise DsmoeError(f"{self._refused.node}: {fault.what}", where=fault.where, remedy=fault.remedy)
+        self._empty_since = self._empty_since or now
+        if not self._n_started or now - self._empty_since > _NODE_SECONDS:
+            raise self._no_room(nodes)
+
+    def _n_workers(self, node: _Node) -> int:
+        return sum(member.node.id == node.id for member in self._members.values())
+
+    def _needs(self, node: _Node, each: int) -> dict[str, int]:
+        """Return what Ray reserves for a worker on a node that has `each` of them."""
+        options = self._options
+        n_cpus = options.n_cpus or max(1, node.n_cpus // each)
+        n_gpus = node.n_gpus // max(1, node.n_cpus // n_cpus) if options.n_gpus is None else options.n_gpus
+        return {"num_cpus": n_cpus, "num_gpus": n_gpus, "memory": options.memory or 0}
+
+    def _room(self, node: _Node, each: int) -> int:
+        """Return how many workers a node can have."""
+        needs = self._needs(node, each)
+        has = {"num_cpus": node.n_cpus, "num_gpus": node.n_gpus, "memory": node.memory}
+        room = min(has[name] // needed for name, needed in needs.items() if needed)
+        return min(room, self._n_most.get(node.id, room))
+
+    def _no_room(self, nodes: Sequence[_Node]) -> DsmoeError:
+        largest = max(nodes, key=lambda node: (node.n_gpus, node.n_cpus), default=None)
+        where = count(len(nodes), "node")
+        if largest is not None:
+            where += (
+                f"; {largest.name} has {count(largest.n_cpus, 'CPU')}, {count(largest.n_gpus, 'GPU')},"
+                f" {format_size(largest.memory)}"
+            )
+        return DsmoeError(
+            "no node of the cluster has room for a worker",
+            where=where,
+            remedy="ask for less: -t (CPUs), --ray-gpus, --ray-memory",
+        )
+
+    def _start(self, node: _Node, each: int) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        needs = self._needs(node, each)
+        actor = (
+            self._ray.remote(Worker)
+            .options(**needs, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+            .remote(self._shared, needs["num_cpus"])
+        )
+        self._n_started += 1
+        member = _Member(f"worker-{self._n_started}", node, actor)
+        self._members[member.name] = member
+        self._load(member)
+
+    def _load(self, member: _Member) -> None:
+        member.stage, member.call = _Stage.LOADING, member.actor.load.remote()
+
+    # What calls return.
+
+    def _settle(self, member: _Member) -> None:
+        """Handle the end of a member's call."""
+        call, member.call = member.call, None
+        try:
+            value = self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            self._lose(member, error)
+            return
+        if isinstance(value, Report):
+            self._events.append(Reported(member.name, value))
+        elif isinstance(value, Loaded):
+            member.stage = _Stage.WORKING
+            self._deaths.pop(member.node.id, None)
+            self._events.append(Joined(member.name, member.node.name, value.info, value.capacity))
+        elif isinstance(value, NoModel) and self._options.ship_model:
+            self._copy_model(member)
+        elif isinstance(value, NoModel):
+            self._refuse(member, value.fault)
+            self._n_most[member.node.id] = 0
+        elif isinstance(value, Fault):
+            self._refuse(member, value)
+            self._end_copy(member)
+        else:
+            self._continue_copy(member)
+
+    def _refuse(self, member: _Member, fault: Fault) -> None:
+        self._remove(member)
+        self._n_most[member.node.id] = self._n_workers(member.node)
+        self._refused = Refused(member.name, member.node.name, fault)
+        self._events.append(self._refused)
+
+    def _lose(self, member: _Member, error: Exception) -> None:
+        self._deaths[member.node.id] += member.stage is not _Stage.WORKING
+        reason = _reason(error)
+        if self._deaths[member.node.id] >= _MAX_DEATHS:
+            self._refuse(member, Fault("worker_lost_error", "worker_lost_error", reason))
+        else:
+            self._remove(member)
+            self._events.append(Lost(member.name, member.node.name, reason))
+        self._end_copy(member)
+
+    def _remove(self, member: _Member) -> None:
+        """Kill an actor. Its engine's process ends with it."""
+        self._members.pop(member.name, None)
+        self._looked = -math.inf  # another one may have room now
+        self._ray.kill(member.actor)
+
+    # Copies of the model.
+
+    def _copy_model(self, member: _Member) -> None:
+        """Copy the model to a member's node, or let the member wait for the copy that another one gets."""
+        others = [other for other in self._members.values() if other.node.id == member.node.id]
+        if any(other.stage is _Stage.COPYING for other in others):
+            member.stage = _Stage.WAITING
+            return
+        member.stage, member.copy = _Stage.COPYING, self._copy_calls(member.actor, member.node.name)
+        self._continue_copy(member)
+
+    def _copy_calls(self, actor: Any, node: str) -> Iterator[Any]:  # noqa: ANN401 - an actor of Ray
+        """Yield the calls that copy the model to an actor's node. Each must have ended before the next."""
+        path = self._worker.model.path
+        files = [part.path for part in read_parts(path).parts]
+        n_bytes = sum(file.stat().st_size for file in files)
+        self._listen(Note(f"copying {path.name} ({format_size(n_bytes)}) to {node}"))
+        yield actor.begin_copy.remote(n_bytes)
+        for each in files:
+            with each.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    yield actor.write_copy.remote(each.name, chunk)
+        yield actor.finish_copy.remote()
+
+    def _continue_copy(self, member: _Member) -> None:
+        assert member.copy is not None
+        member.call = next(member.copy, None)
+        if member.call is None:
+            self._load(member)
+            self._end_copy(member)
+
+    def _end_copy(self, member: _Member) -> None:
+        """Let the workers go on that wait for a copy of the model on a member's node."""
+        for other in self._members.values():
+            if other.node.id == member.node.id and other.stage is _Stage.WAITING:
+                self._load(other)
+
+
+def _import_ray() -> Any:  # noqa: ANN401 - the module
+    os.environ.update(_ENVIRONMENT)  # Ray reads it when it is imported
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray", "--ray") from error
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    return ray
+
+
+def _connect(ray: Any, address: str, stop: threading.Event, closed: threading.Event) -> None:  # noqa: ANN401
+    """Connect to a cluster, or start one.
+
+    This is done in a thread, because Ray would install a signal handler in the main thread, and so that
+    `stop` can interrupt it. The thread lives until `closed` is set: on Linux, Ray's processes end with the
+    thread that has started them.
+    """
+    if address == LOCAL:
+        arguments = {"address": LOCAL, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    else:
+        _check_reachable(os.environ.get("RAY_ADDRESS", "") if address == AUTO else address)
+        arguments = {"address": address}
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **arguments)
+            ended.put(None)
+            closed.wait()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            ended.put(error)
+
+    threading.Thread(target=work, name="dsmoe-ray", daemon=True).start()
+    while True:
+        try:
+            error = ended.get(timeout=_POLL_SECONDS)
+            break
+        except queue.Empty:
+            if stop.is_set():
+                raise InterruptedRunError("interrupted: there was no connection to Ray yet") from None
+    if isinstance(error, ConnectionError) and address == AUTO:
+        raise DsmoeError(
+            "no Ray cluster was found",
+            remedy="start one (ray start --head), name its address (--ray HOST:PORT), or use --ray local",
+        ) from error
+    if error is not None:
+        raise DsmoeError(f"Ray cannot be used: {safe_line(str(error), 300)}", where=address) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise DsmoeError if nothing listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray looks for a cluster
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise DsmoeError(
+            f"the Ray cluster cannot be reached: {error.strerror or error}",
+            where=address,
+            remedy="check the address; `ray start --head` prints it",
+        ) from error
+
+
+def _node(found: dict[str, Any]) -> _Node:
+    """Return a node as `ray.nodes()` describes it."""
+    resources = found["Resources"]
+    name = f"{found['NodeManagerHostname']} ({found['NodeManagerAddress']}, node {found['NodeID'][:6]})"
+    return _Node(
+        found["NodeID"],
+        safe_line(name, 80),
+        int(resources.get("CPU", 0)),
+        int(resources.get("GPU", 0)),
+        int(resources.get("memory", 0)),
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return in words why an actor was lost."""
+    text = str(error)
+    if missing := _MISSING_MODULE.search(text):
+        return f"the package {missing[1].partition('.')[0]} is not installed there"
+    if _NODE_DIED.search(text):
+        return "its node has gone"
+    cause = getattr(error, "cause", None)
+    return f"{type(cause).__name__}: {safe_line(str(cause), 120)}" if cause else "its process has ended"

@@ -1,0 +1,266 @@
+"""Batches on a Ray cluster of several nodes on this machine: workers and nodes that die, hang and come."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import hosted
+from support.batches import answer, batch, by_id, records, write_lines
+from support.models import tiny_model
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.progress import Event, Note
+from dsmoe_local.batch.cluster import ray_cluster, run
+from dsmoe_local.batch.cluster.interface import Item
+from dsmoe_local.batch.cluster.ray_cluster import RayCluster, RayOptions
+from dsmoe_local.batch.cluster.worker import WorkerOptions
+from dsmoe_local.batch.job import BatchOptions, prepared
+from dsmoe_local.engine.load.parallel import Workload
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.model.identity import file_identity
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.timeout(300)
+
+COMMAND = "from dsmoe_local.cli.main import batch; batch()"
+N_LINES = 200
+
+
+class Nodes:
+    """A cluster whose head has no CPU, and nodes with one each. `cache` is the cache folder of all."""
+
+    def __init__(self, cache: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cache = cache
+        with self._environment():
+            self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self.address: str = self._cluster.address
+        self.nodes: list[Any] = []
+        self.add()
+        self.add()
+
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """Workers have the environment in which their node was started."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            patch.setenv("XDG_CACHE_HOME", str(self._cache))
+            yield
+
+    def add(self) -> None:
+        with self._environment():
+            self.nodes.append(self._cluster.add_node(num_cpus=1))
+
+    def remove(self, node_id: str) -> None:
+        node = next(each for each in self.nodes if each.node_id == node_id)
+        self.nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of the nodes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def nodes(cache: Path) -> Iterator[Nodes]:
+    """A cluster with two nodes."""
+    ray_cluster._import_ray()
+    started = Nodes(cache)
+    yield started
+    started.close()
+
+
+class Cluster(RayCluster):
+    """Calls `given` with each worker that gets lines for the first time. `pids`: their processes."""
+
+    given: Callable[[Cluster, str], None] | None = None
+    pids: dict[str, int]
+
+    def give(self, worker: str, items: Sequence[Item]) -> None:
+        if self.given is None or not items or worker in self.pids:
+            super().give(worker, items)
+            return
+        call = self._members[worker].actor.__ray_call__.remote(lambda self: os.getpid())
+        self.pids[worker] = self._ray.get(call)
+        super().give(worker, items)
+        self.given(self, worker)
+
+
+def options_of(folder: Path, n_lines: int = N_LINES) -> BatchOptions:
+    return batch(folder, *({"id": str(n), "prompt": f"p{n} " + "word " * 20} for n in range(n_lines)))
+
+
+def run_batch(
+    nodes: Nodes,
+    options: BatchOptions,
+    *,
+    model: Path | None = None,
+    factory: str = hosted.FAKE,
+    ray: dict[str, Any] | None = None,
+    given: Callable[[Cluster, str], None] | None = None,
+) -> list[str]:
+    """Run a batch on an engine without a model. Return the notes."""
+    worker = WorkerOptions(
+        batch=options,
+        model=ModelOptions(model or tiny_model(), n_threads=1),
+        identity=file_identity(tiny_model()),
+        workload=Workload(N_LINES, 100, 100 * N_LINES),
+        n_parallel=2,
+        factory=factory,
+    )
+    events: list[Event] = []
+    stop = threading.Event()
+    with (
+        closing(Cluster(RayOptions(nodes.address, **(ray or {})), worker, events.append, stop)) as cluster,
+        prepared(options) as job,
+    ):
+        cluster.given, cluster.pids = given, {}
+        run.run_on_cluster(cluster, job, events.append, stop)
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def check(options: BatchOptions, n_lines: int = N_LINES) -> None:
+    found = by_id(records(options.out))
+    assert {name for name, record in found.items() if record["error"] is None} == {
+        str(n) for n in range(n_lines)
+    }
+    assert all(record["text"].startswith(f"p{name} word") for name, record in found.items())
+
+
+def kill(cluster: Cluster, worker: str) -> None:
+    """Kill the process of a worker."""
+    os.kill(cluster.pids[worker], signal.SIGKILL)
+
+
+def command(source: Path, out: Path, *more: str, fault: str = "") -> subprocess.CompletedProcess[str]:
+    words = [str(source), "-o", str(out), "-m", str(tiny_model()), "-t", "1", "--deterministic", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DSMOE_FAULT": fault}
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *words], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_as_the_plain_command_and_after_a_kill(nodes: Nodes, tmp_path: Path) -> None:
+    """Guards: other replies than without Ray; records lost or doubled by a killed driver; text on stdout."""
+    lines = [{"id": str(n), "prompt": f"The quick {n % 7} {n}", "max_tokens": 8} for n in range(60)]
+    (tmp_path / "plain").mkdir()
+    model = ModelOptions(tiny_model(), n_parallel=4, unified=False, deterministic=True, n_threads=1)
+    with EngineClient.load(model) as engine:
+        plain = by_id(answer(engine, batch(tmp_path / "plain", *lines)))
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    more = ("--temp", "0", "--format", "simple", "--ray", nodes.address, "--json")
+    killed = command(source, out, *more, fault="batch.synced")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = command(source, out, *more)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["n_records"] == len(lines)
+    assert summary["n_resumed"] > 0
+    found = by_id(records(out))
+    assert {name: record["text"] for name, record in found.items()} == {
+        name: record["text"] for name, record in plain.items()
+    }
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A file. Until it exists, the engines of models beside it do not answer."""
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model().read_bytes())
+    return tmp_path / "go"
+
+
+def test_a_killed_worker(nodes: Nodes, tmp_path: Path, gate: Path) -> None:
+    """Guards: lines that die with a worker's process; a worker that is not replaced."""
+    options = options_of(tmp_path)
+
+    def given(cluster: Cluster, worker: str) -> None:
+        if len(cluster.pids) == 1:
+            kill(cluster, worker)
+        elif len(cluster.pids) == 3:
+            gate.touch()
+
+    notes = run_batch(nodes, options, model=gate.with_name("tiny.gguf"), factory=hosted.GATED, given=given)
+    assert sum("was lost, its lines are handed out again" in note for note in notes) == 1
+    check(options)
+
+
+def test_a_node_goes_and_another_comes(nodes: Nodes, tmp_path: Path, gate: Path) -> None:
+    """Guards: lines that are lost with a node; a new node that stays idle."""
+    options = options_of(tmp_path)
+    used: list[str] = []
+
+    def given(cluster: Cluster, worker: str) -> None:
+        used.append(cluster._members[worker].node.id)
+        if len(used) == 1:
+            nodes.remove(used[0])
+            nodes.add()
+        elif len(set(used)) == 3:
+            gate.touch()
+
+    notes = run_batch(nodes, options, model=gate.with_name("tiny.gguf"), factory=hosted.GATED, given=given)
+    assert any("was lost, its lines are handed out again" in note for note in notes)
+    check(options)
+
+
+def test_a_worker_that_hangs(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a batch that never ends because an engine never answers."""
+    monkeypatch.setattr(run, "SILENT_SECONDS", 5.0)
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(tiny_model().read_bytes())
+    options = options_of(tmp_path, 20)
+    one = {"n_workers": 1}  # another one would copy the lines
+    notes = run_batch(nodes, options, model=model, factory=hosted.HALTING_ONCE, ray=one)
+    assert sum("is replaced: no progress" in note for note in notes) == 1
+    check(options, 20)
+
+
+@pytest.fixture
+def only_here() -> Iterator[Path]:
+    """The path of the model in this process. Others do not have the descriptor in it."""
+    folder = os.open(tiny_model().parent, os.O_RDONLY | os.O_DIRECTORY)
+    high = fcntl.fcntl(folder, fcntl.F_DUPFD_CLOEXEC, 900)
+    yield Path(f"/proc/self/fd/{high}/{tiny_model().name}")
+    os.close(folder)
+    os.close(high)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_model_that_nodes_do_not_have(nodes: Nodes, tmp_path: Path, only_here: Path, cache: Path) -> None:
+    """Guards: an error that names no node; a copy that is not whole; a file copied for each worker."""
+    options = options_of(tmp_path, 20)
+    with pytest.raises(DsmoeError) as caught:
+        run_batch(nodes, options, model=only_here)
+    assert "node " in caught.value.what
+    assert "the model is missing" in caught.value.what
+    assert "--ship-model" in caught.value.remedy
+    notes = run_batch(nodes, options, model=only_here, ray={"ship_model": True})
+    assert any("copying tiny.gguf" in note for note in notes)
+    check(options, 20)
+    (copy,) = cache.rglob("*.gguf")
+    assert copy.read_bytes() == tiny_model().read_bytes()
+    assert [path.name for path in copy.parent.parent.iterdir()] == [copy.parent.name]
+
+
+def test_no_node_has_room(nodes: Nodes, tmp_path: Path) -> None:
+    """Guards: a run that waits for ever for GPUs that no node has."""
+    with pytest.raises(DsmoeError, match="no node of the cluster has room") as caught:
+        run_batch(nodes, options_of(tmp_path, 1), ray={"n_gpus": 8})
+    assert len(str(caught.value).splitlines()) == 3
