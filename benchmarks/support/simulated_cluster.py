@@ -76,7 +76,10 @@ class _Worker:
 
 
 class SimulatedCluster:
-    """Implements `Cluster`. `clock` is the simulated time; `n_lines` counts the lines that were given."""
+    """Implements `Cluster`. `clock` is the simulated time. `speed` is the sum of the first workers' speeds.
+
+    `n_lines` counts the lines that were given to workers, `n_deaths` the workers that died.
+    """
 
     def __init__(self, behaviour: Behaviour, seed: int = 0) -> None:
         self.now = 0.0
@@ -90,6 +93,7 @@ class SimulatedCluster:
         self._events: list[tuple[float, int, Callable[[], Event | None]]] = []
         for number in range(behaviour.n_workers):
             self._start(0.0, slow=number < behaviour.n_slow)
+        self.speed = sum(worker.speed for worker in self._workers.values())
 
     def clock(self) -> float:
         """Return the simulated time."""

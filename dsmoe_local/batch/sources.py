@@ -106,8 +106,8 @@ class Source:
     def read(self, span: Span) -> bytes:
         """Return the bytes of a line."""
         with reading(self.shown):
-            self._file.seek(span.offset)
-            return self._file.read(span.length)
+            # Without the buffer, which a line elsewhere would fill in vain.
+            return os.pread(self._file.fileno(), span.length, span.offset)
 
     def line(self, number: int, raw: bytes) -> Line:
         """Parse a line. If it is not valid, the result has an `error`."""

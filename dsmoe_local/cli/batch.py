@@ -177,10 +177,10 @@ def command(
     from dsmoe_local.batch.run import run
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
+    ray = take_ray_options(values)
     model = find_model(named_model=named_model)
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
-    ray = take_ray_options(values)
     options = _options(sources, model, n_parallel if deterministic else None, values)
     _check_outputs(model, options, values["log_file"])
     stop = threading.Event()

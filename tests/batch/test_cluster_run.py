@@ -153,7 +153,7 @@ def test_progress_names_workers_and_what_waits(tmp_path: Path) -> None:
     for n_workers in (1, 4, 1000):
         folder = tmp_path / str(n_workers)
         folder.mkdir()
-        n_lines = 20 * n_workers
+        n_lines = 20 + 2 * n_workers
         _, events = run(
             SimulatedCluster(behaviour(n_workers=n_workers, seconds=2.0)), options_of(folder, n_lines)
         )

@@ -19,7 +19,7 @@ from support import hosted
 from support.batches import answer, batch, by_id, records, write_lines
 from support.models import tiny_model
 
-from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.errors import DsmoeError, MissingExtraError
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.cluster import ray_cluster, run
 from dsmoe_local.batch.cluster.interface import Item
@@ -46,7 +46,7 @@ class Nodes:
 
         self._cache = cache
         with self._environment():
-            self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+            self._cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         self.address: str = self._cluster.address
         self.nodes: list[Any] = []
         self.add()
@@ -264,3 +264,18 @@ def test_no_node_has_room(nodes: Nodes, tmp_path: Path) -> None:
     with pytest.raises(DsmoeError, match="no node of the cluster has room") as caught:
         run_batch(nodes, options_of(tmp_path, 1), ray={"n_gpus": 8})
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_nothing_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: minutes of waiting for a cluster that is not there; a traceback without the extra."""
+    options = options_of(tmp_path, 1)
+    worker = WorkerOptions(options, ModelOptions(tiny_model()), "", Workload(1, 1, 1))
+
+    def connect(address: str) -> None:
+        RayCluster(RayOptions(address), worker, lambda event: None, threading.Event())
+
+    with pytest.raises(DsmoeError, match="the Ray cluster cannot be reached: Connection refused"):
+        connect("127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"dsmoe-local\[ray\]"):
+        connect("local")

@@ -48,6 +48,18 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ["Missing option '-o' / '--output'.", "Usage: dsmoe batch -o OUT [OPTIONS] IN..."],
         ),
         (
+            ("batch", "--ray", "in.jsonl", "-o", "out.jsonl"),
+            ["Invalid value for '--ray': 'in.jsonl' is not the address of a Ray cluster: local, auto, or"],
+        ),
+        (
+            ("batch", "in.jsonl", "-o", "out.jsonl", "--ray-workers", "2"),
+            ["--ray-workers is for --ray", "add --ray, or --ray local"],
+        ),
+        (
+            ("batch", "in.jsonl", "-o", "out.jsonl", "--ray", "--rpc", "10.0.0.2:50052"),
+            ["--ray and --rpc are both given", "leave one of them out"],
+        ),
+        (
             ("chat", "-p", "x", "--preset", "calm"),
             ["there is no preset 'calm'", "", "/set save NAME in a chat"],
         ),

@@ -1,0 +1,194 @@
+"""What `dsmoe-batch --ray` costs, and how many records per second its driver sustains.
+
+    python benchmarks/ray_batches.py [--workers 1000] [--records 200000]
+    python benchmarks/ray_batches.py MODEL.gguf [--requests 48] [--tokens 64] [--rounds 3]
+
+Without a model, workers are simulated: they have different speeds, die, hang and crash, but take no time. All
+time is that of the driver: it reads the input, hands out lines, receives records and writes them with the
+journal, synced, to the folder for temporary files. With a model, it compares one worker of a Ray cluster on
+this machine with the same engine without Ray, and two workers of one thread with one of two threads. Start-up
+is not counted. Tables, then JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from benchmarks.support.runner import in_turn
+from benchmarks.support.simulated_cluster import Behaviour, SimulatedCluster
+from benchmarks.support.tables import show
+from dsmoe_local.base.progress import ignore
+from dsmoe_local.batch.cluster.interface import Cluster, Event, Joined
+from dsmoe_local.batch.cluster.ray_cluster import LOCAL, RayCluster, RayOptions
+from dsmoe_local.batch.cluster.run import run_on_cluster
+from dsmoe_local.batch.cluster.worker import WorkerOptions
+from dsmoe_local.batch.job import BatchOptions, prepared
+from dsmoe_local.batch.run import run
+from dsmoe_local.engine.load.parallel import Workload, choose_parallel
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions, SamplingParameters
+from dsmoe_local.model.identity import file_identity
+from dsmoe_local.protocol.requests import RequestDefaults
+
+DEFAULTS = RequestDefaults(SamplingParameters(temperature=0))
+BEHAVIOURS = {
+    "all alike": Behaviour(0, spread=0.0, speed_spread=0.0),
+    "as measured": Behaviour(0),
+    "a tenth are slow": Behaviour(0),
+    "die and hang": Behaviour(0, seconds_to_death=600.0, seconds_to_hang=3600.0),
+}
+
+
+def write_input(path: Path, n_lines: int, n_tokens: int) -> None:
+    """Write requests with a few common beginnings."""
+    with path.open("w") as file:
+        for number in range(n_lines):
+            prompt = f"Question of kind {number % 50}. " + "word " * 20 + str(number)
+            file.write(json.dumps({"id": f"id-{number}", "prompt": prompt, "max_tokens": n_tokens}) + "\n")
+
+
+def options_of(folder: Path) -> BatchOptions:
+    """Return a batch that begins anew."""
+    return BatchOptions((folder / "in.jsonl",), folder / "out.jsonl", DEFAULTS, "simple", restart=True)
+
+
+def simulate(folder: Path, behaviour: Behaviour) -> tuple[float, SimulatedCluster]:
+    """Run the batch in a folder on a simulated cluster. Return the records per second of the driver."""
+    cluster = SimulatedCluster(behaviour)
+    with prepared(options_of(folder)) as job:
+        summary = run_on_cluster(cluster, job, clock=cluster.clock)
+        assert summary.n_records == len(job.index)
+    return summary.n_records / summary.seconds, cluster
+
+
+def show_simulations(n_workers: int, n_records: int) -> dict[str, float]:
+    """Simulate clusters and print a table. Return the records per second of each."""
+    found = {}
+    cells = []
+    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-") as name:
+        write_input(Path(name) / "in.jsonl", n_records, 64)
+        for title, behaviour in BEHAVIOURS.items():
+            n_slow = n_workers // 10 if "slow" in title else 0
+            more = min(2.0, n_workers * 0.002)
+            behaviour = replace(behaviour, n_workers=n_workers, n_slow=n_slow, more_seconds=more)
+            found[title], cluster = simulate(Path(name), behaviour)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            ideal = n_records * behaviour.seconds / (behaviour.n_parallel * cluster.speed)
+            speed, share = f"{found[title]:,.0f}", f"{ideal / cluster.now:.0%}"
+            again = f"{cluster.n_lines - n_records:,}"
+            cells.append((title, speed, share, again, f"{cluster.n_deaths:,}", f"{peak} MiB"))
+    heads = ("workers", "records/s", "cluster in use", "given again", "deaths", "peak memory")
+    show(f"{n_workers:,} simulated workers, {n_records:,} records", heads, "lrrrrr", cells)
+    return found
+
+
+class Ready:
+    """A cluster whose workers join together, so that the time in which they load the model does not count."""
+
+    def __init__(self, cluster: Cluster, n_workers: int) -> None:
+        self._cluster = cluster
+        self._n_missing = n_workers
+        self._events: list[Event] = []
+        self.give, self.reload = cluster.give, cluster.reload
+        self.discard, self.close = cluster.discard, cluster.close
+
+    @property
+    def n_starting(self) -> int:
+        """See Cluster."""
+        return self._cluster.n_starting
+
+    def poll(self, seconds: float) -> Sequence[Event]:
+        """See Cluster."""
+        found = self._cluster.poll(seconds)
+        self._events += found
+        self._n_missing -= sum(isinstance(event, Joined) for event in found)
+        if self._n_missing > 0:
+            return []
+        events, self._events = self._events, []
+        return events
+
+
+def ray_cluster(model: Path, n_workers: int, n_threads: int, options: BatchOptions, n_lines: int) -> Cluster:
+    """Start a cluster on this machine."""
+    worker = WorkerOptions(
+        batch=options,
+        model=ModelOptions(model, n_threads=n_threads),
+        identity=file_identity(model),
+        workload=Workload(n_lines, 256, 128 * n_lines),
+        n_parallel=8,
+    )
+    return RayCluster(RayOptions(LOCAL, n_workers, n_threads), worker, ignore, threading.Event())
+
+
+def without_ray(model: Path, n_threads: int, folder: Path, n_lines: int, number: int) -> float:
+    """Return the seconds of a batch with an engine of this process. `number` is that of the round."""
+    options = ModelOptions(model, n_threads=n_threads)
+    options = choose_parallel(options, Workload(n_lines, 256, 128 * n_lines), 8)
+    with EngineClient.load(options) as engine, prepared(options_of(folder)) as job:
+        return run(engine, job).seconds
+
+
+def with_ray(model: Path, n_workers: int, n_threads: int, folder: Path, n_lines: int, number: int) -> float:
+    """Return the seconds of a batch on Ray, from when all workers have loaded the model."""
+    options = options_of(folder)
+    with (
+        closing(ray_cluster(model, n_workers, n_threads, options, n_lines)) as cluster,
+        prepared(options) as job,
+    ):
+        return run_on_cluster(Ready(cluster, n_workers), job).seconds
+
+
+def compare(model: Path, n_requests: int, n_tokens: int, rounds: int) -> dict[str, float]:
+    """Measure batches with and without Ray and print a table. Return the median seconds."""
+    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-") as name:
+        folder = Path(name)
+        write_input(folder / "in.jsonl", n_requests, n_tokens)
+        contenders: dict[str, Callable[[int], float]] = {
+            "without Ray, 1 thread": partial(without_ray, model, 1, folder, n_requests),
+            "1 worker of 1 thread": partial(with_ray, model, 1, 1, folder, n_requests),
+            "without Ray, 2 threads": partial(without_ray, model, 2, folder, n_requests),
+            "1 worker of 2 threads": partial(with_ray, model, 1, 2, folder, n_requests),
+            "2 workers of 1 thread": partial(with_ray, model, 2, 1, folder, n_requests),
+        }
+        seconds = in_turn(contenders, rounds)
+    medians = {title: statistics.median(each) for title, each in seconds.items()}
+    cells = []
+    for title, each in medians.items():
+        threads = "2 threads" if "2" in title else "1 thread"
+        cells.append(
+            (title, f"{n_requests / each:.2f}", f"{medians[f'without Ray, {threads}'] / each:.2f} x")
+        )
+    show(f"{model.name}, {n_requests} requests", ("", "requests/s", "without Ray"), "lrr", cells)
+    return medians
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    if given.model is None:
+        print(json.dumps({"records_per_second": show_simulations(given.workers, given.records)}))
+    else:
+        print(json.dumps({"seconds": compare(given.model, given.requests, given.tokens, given.rounds)}))
+
+
+if __name__ == "__main__":
+    main()
