@@ -1,17 +1,14 @@
-"""Parquet as input and output. pyarrow writes the inputs and reads the outputs; JSON lines are the oracle."""
+"""Parquet as input. pyarrow writes the files; JSON lines are the oracle."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import threading
-import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
@@ -23,9 +20,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from support.batches import GREEDY, answer, batch, by_id, records, run_batch, write_lines
+from support.batches import (
+    GREEDY,
+    answer,
+    batch,
+    by_id,
+    run_batch,
+    to_parquet,
+    write_lines,
+    write_table,
+)
 from support.fake_engine import FakeEngine
-from support.kills import Job, points_of
 from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base.errors import (
@@ -39,27 +44,8 @@ from dsmoe_local.base.errors import (
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.inputs import opened
-from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Line
-from dsmoe_local.batch.parquet_output import write_parquet
-from dsmoe_local.batch.records import Failure, simple_record
 from dsmoe_local.batch.requests import request_of
-from dsmoe_local.engine.types import CallDelta, FinishReason, TokenLogprob, Usage
-from dsmoe_local.protocol.replies import Choice, Reply
-
-N_ROWS = 40
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, **options: Any) -> Path:
-    """Write a Parquet file. What a row lacks is null."""
-    if isinstance(rows, pa.Table):
-        table = rows
-    else:
-        names = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    parquet.write_table(table, path, **options)
-    return path
 
 
 @contextmanager
@@ -67,12 +53,6 @@ def lines_of(path: Path, form: InputForm) -> Iterator[Iterator[Line]]:
     """Open an input and yield its lines."""
     with opened([path], form, None, path.parent, ignore, threading.Event()) as sources:
         yield (line for _, line in sources.lines())
-
-
-def to_parquet(options: BatchOptions, **changes: Any) -> BatchOptions:
-    """Return a batch whose records become a Parquet file."""
-    path = options.out.with_name("out.parquet")
-    return replace(options, out=path.with_name("out.parquet.jsonl"), parquet=path, **changes)
 
 
 CHAT = [{"role": "user", "content": "hé", "name": None}, {"role": "assistant", "content": "b", "name": "c"}]
@@ -228,14 +208,6 @@ def test_a_template_reads_only_its_columns(tmp_path: Path) -> None:
         ]
 
 
-def test_an_empty_table(tmp_path: Path) -> None:
-    """Guards: an input without rows that is an error, or has no output."""
-    source = write_table(tmp_path / "in.parquet", pa.table({"prompt": pa.array([], pa.string())}))
-    options = to_parquet(batch(tmp_path, sources=[source]))
-    assert answer(FakeEngine(), options) == []
-    assert parquet.read_table(options.parquet).num_rows == 0
-
-
 def test_several_inputs(tmp_path: Path) -> None:
     """Guards: lines of two files with one id, or read at the place of another file's line."""
     long = [{"prompt": "x" * length} for length in range(9)]
@@ -262,96 +234,6 @@ def test_several_inputs(tmp_path: Path) -> None:
     assert f"{table}, row 1" in str(refusal.value)
 
 
-def everything(name: str, n: int) -> Reply:
-    """Return a reply with all that a record can contain."""
-    token = TokenLogprob(5, "a", -0.5)
-    part = TokenLogprob(6, "\N{REPLACEMENT CHARACTER}", float("-inf"))
-    call = CallDelta(0, '{"a": 1}', "call_1", "f")
-    choice = Choice("text é", FinishReason.STOP, ((token, (token, part)),), "hm", (call,))
-    usage = Usage(3, 1, 4, 0.1, 0.2, None, 2)
-    return Reply(name, "m", True, (choice,) * n, (usage,) * n, 1.5)
-
-
-def test_columns_are_those_of_the_simple_format(tmp_path: Path) -> None:
-    """Guards: a part of a record that is missing from the table, or in another row."""
-    failure = Failure("c", 3, "invalid_request", "row 3: no", "invalid_request")
-    kept = {"label": 3, "source": "web", "none": None}
-    found = [
-        {**simple_record(outcome), "kept": kept}
-        for outcome in (everything("a", 1), everything("b", 2), failure)
-    ]
-    path = tmp_path / "out.parquet"
-    source = write_lines(tmp_path / "out.jsonl", [json.dumps(record) for record in found])
-    write_parquet(source, path, list(kept), "mark", ignore, threading.Event())
-    one, first, second, failed = parquet.read_table(path).to_pylist()
-    assert one.pop("index") == 0
-    assert one == {**found[0], "kept": {"label": "3", "source": "web", "none": None}}
-    assert (first["id"], first["index"], second["id"], second["index"]) == ("b", 0, "b", 1)
-    for key in ("text", "finish_reason", "reasoning_content", "tool_calls", "logprobs"):
-        assert [first[key], second[key]] == found[1][key]
-    assert (first["usage"], first["timing"]) == (found[1]["usage"], found[1]["timing"])
-    assert (second["usage"], second["timing"], second["kept"]) == (None, None, first["kept"])
-    assert {key: value for key, value in failed.items() if value is not None} == {
-        "id": "c",
-        "index": 0,
-        "error": found[2]["error"],
-        "kept": one["kept"],
-    }
-
-
-def test_memory_of_a_row_group(tmp_path: Path) -> None:
-    """Guards: the records of a whole row group as Python objects, which take ten times as much."""
-    record = {**simple_record(everything("a", 1)), "text": "x" * 2000}
-    source = tmp_path / "out.jsonl"
-    n_records = 4000
-    source.write_text((json.dumps(record) + "\n") * n_records)
-    tracemalloc.start()
-    try:
-        write_parquet(source, tmp_path / "out.parquet", [], "mark", ignore, threading.Event())
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    metadata = parquet.read_metadata(tmp_path / "out.parquet")
-    assert (metadata.num_rows, metadata.num_row_groups) == (n_records, 1)
-    assert most < source.stat().st_size / 2
-
-
-def test_output(tmp_path: Path) -> None:
-    """Guards: rows in another order than the records; a table that a second run writes again, or not when
-    there are new rows; another program's file replaced.
-    """
-    lines = [{"id": str(n), "prompt": f"p{n}"} for n in range(20)]
-    options = to_parquet(batch(tmp_path, *lines[:12]), ordered=True)
-    assert options.parquet is not None
-    answer(FakeEngine(n_parallel=4), options)
-    before = options.parquet.stat().st_ino
-    assert parquet.read_table(options.parquet)["id"].to_pylist() == [str(n) for n in range(12)]
-    run_batch(FakeEngine(), options)
-    assert options.parquet.stat().st_ino == before
-    write_lines(tmp_path / "in.jsonl", lines)
-    found = answer(FakeEngine(n_parallel=4), options)
-    table = parquet.read_table(options.parquet)
-    assert table["text"].to_pylist() == [record["text"] for record in found]
-    assert len(found) == 20
-    journal_path(options.out).unlink()
-    options.out.unlink()
-    with pytest.raises(FileError, match=r"journal out\.parquet\.jsonl\.journal does not"):
-        run_batch(FakeEngine(), options)
-    assert len(answer(FakeEngine(), replace(options, restart=True))) == 20
-    write_table(options.parquet, [{"a": 1}])
-    with pytest.raises(FileError, match="not the output of a batch"):
-        run_batch(FakeEngine(), replace(options, restart=True))
-
-
-def test_input_and_output_differ(tmp_path: Path) -> None:
-    """Guards: a table replaced by the answers to it."""
-    options = to_parquet(batch(tmp_path, {"prompt": "a"}))
-    answer(FakeEngine(), options)
-    assert options.parquet is not None
-    with pytest.raises(UsageError, match="same file"):
-        run_batch(FakeEngine(), replace(options, sources=[options.parquet]))
-
-
 def test_pyarrow_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a batch that is answered, and then cannot be written."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -371,52 +253,6 @@ def test_no_space_for_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a"}])
     with pytest.raises(NoSpaceError, match="no space for a temporary copy"):
         run_batch(FakeEngine(), batch(tmp_path, sources=[table]))
-
-
-def work(source: str, out: str) -> None:
-    """The work of a child: Parquet to Parquet."""
-    path = Path(out)
-    options = BatchOptions([Path(source)], path.with_name(f"{path.name}.jsonl"), GREEDY, "simple", path)
-    run_batch(FakeEngine(n_parallel=2), options)
-
-
-@pytest.mark.parametrize("point", ["batch.written", "batch.complete", *points_of("parquet")])
-def test_killed_at_every_point(tmp_path: Path, point: str) -> None:
-    """Guards: half a table under its name; rows lost or doubled by a kill; temporary files that stay."""
-    rows = [{"id": f"id-{n}", "prompt": f"text {n}"} for n in range(N_ROWS)]
-    out = tmp_path / "out.parquet"
-    job = Job(work, [str(write_table(tmp_path / "in.parquet", rows, row_group_size=7))], out)
-    status, errors = job.run(point)
-    assert status == -signal.SIGKILL, errors
-    assert not out.exists() or point == "parquet.renamed"
-    assert job.run() == (0, "")
-    table = parquet.read_table(out)
-    assert dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)) == {
-        row["id"]: row["prompt"] for row in rows
-    }
-    assert table.num_rows == N_ROWS
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("in.parquet", "out.parquet", "out.parquet.jsonl", "out.parquet.jsonl.journal")
-    }
-
-
-def test_a_torn_table_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a table that is given its name although the disk has lost a part of it."""
-    options = to_parquet(batch(tmp_path, *({"prompt": "a" * n} for n in range(20))))
-
-    part = tmp_path / ".out.parquet.part"
-
-    def lose(descriptor: int) -> None:
-        if part.exists() and os.path.samestat(part.stat(), os.fstat(descriptor)):
-            os.pwrite(descriptor, bytes(30), 60)
-
-    monkeypatch.setattr("dsmoe_local.batch.parquet_output.durable.sync", lose)
-    with pytest.raises(FileError, match="damaged after writing"):
-        run_batch(FakeEngine(), options)
-    assert not options.parquet or not options.parquet.exists()
-    monkeypatch.undo()
-    run_batch(FakeEngine(), options)
-    assert parquet.read_table(options.parquet).num_rows == len(records(options.out))
 
 
 class _Touch:

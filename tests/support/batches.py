@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import parquet
+
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.job import BatchOptions, prepared
@@ -31,6 +34,23 @@ def write_lines(path: Path, lines: Iterable[str | bytes | dict[str, Any]]) -> Pa
     raw = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in raw))
     return path
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, **options: Any) -> Path:
+    """Write a Parquet file. What a row lacks is null."""
+    if isinstance(rows, pa.Table):
+        table = rows
+    else:
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def to_parquet(options: BatchOptions, **changes: Any) -> BatchOptions:
+    """Return a batch whose records become a Parquet file."""
+    path = options.out.with_name("out.parquet")
+    return replace(options, out=path.with_name("out.parquet.jsonl"), parquet=path, **changes)
 
 
 def batch(folder: Path, *lines: str | bytes | dict[str, Any], **options: Any) -> BatchOptions:
