@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
@@ -14,9 +15,8 @@ from dsmoe_local.cli.output import console, plain_table, print_json
 from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from dsmoe_local.engine.load.network import Network
     from dsmoe_local.engine.load.split_plan import Machine, SplitPlan
     from dsmoe_local.model.gguf_file import GgufFile
     from dsmoe_local.model.hyperparameters import ModelOutline
@@ -106,6 +106,7 @@ def command(
     PRESET is a published model; `dsmoe inspect --help` lists them. No weights are needed.
     """
     from dsmoe_local.engine.load.network import parse_network
+    from dsmoe_local.engine.load.split_plan import plan_split
 
     network = parse_network(bandwidth)
     if speeds and len(speeds) > len(memory):
@@ -114,7 +115,7 @@ def command(
         )
     file, outline, title = _model(target, named_model, word)
     machines, about_speed = _machines(memory, speeds)
-    plan = _plan(file, outline, machines, network, n_context)
+    plan = _plan(lambda each: plan_split(each, outline, machines, network, n_context), file, outline)
     if as_json:
         print_json(_as_json(plan), indent=2)
     else:
@@ -181,41 +182,27 @@ def _machines(memory: Sequence[int], speeds: Sequence[int] | None) -> tuple[list
     )
 
 
-def _plan(
-    file: GgufFile, outline: ModelOutline, machines: Sequence[Machine], network: Network, n_context: int
-) -> SplitPlan:
+def _plan(plan_file: Callable[[GgufFile], SplitPlan], file: GgufFile, outline: ModelOutline) -> SplitPlan:
+    """Return the plan of a file. If it does not fit, the error names the largest recipe that would."""
     from dsmoe_local.engine.errors import OutOfMemoryError
-    from dsmoe_local.engine.load.split_plan import plan_split
-
-    try:
-        return plan_split(file, outline, machines, network, n_context)
-    except OutOfMemoryError as error:
-        fitting = _fitting_type(file, outline, machines, network, n_context)
-        remedy = (
-            f"--type {fitting} fits"
-            if fitting
-            else "no type fits: use a shorter context (-c), or more memory"
-        )
-        raise DsmoeError(error.what, where=error.where, remedy=remedy) from error
-
-
-def _fitting_type(
-    file: GgufFile, outline: ModelOutline, machines: Sequence[Machine], network: Network, n_context: int
-) -> str:
-    """Return the recipe with the largest weights that fit; an empty text if none does."""
-    from dsmoe_local.engine.errors import OutOfMemoryError
-    from dsmoe_local.engine.load.split_plan import plan_split
     from dsmoe_local.model.hyperparameters import Hyperparameters
     from dsmoe_quantize.policy.named_recipes import RECIPES
 
-    fitting: dict[str, int] = {}
-    for word in RECIPES if isinstance(outline, Hyperparameters) else ():
-        try:
-            plan = plan_split(_quantized(file, outline, word), outline, machines, network, n_context)
-        except OutOfMemoryError:
-            continue
-        fitting[word] = sum(share.weights for share in plan.shares)
-    return max(fitting, key=lambda word: fitting[word], default="")
+    try:
+        return plan_file(file)
+    except OutOfMemoryError as error:
+        sizes: dict[str, int] = {}
+        for word in RECIPES if isinstance(outline, Hyperparameters) else ():
+            with suppress(OutOfMemoryError):
+                fitting = plan_file(_quantized(file, outline, word))
+                sizes[word] = sum(share.weights for share in fitting.shares)
+        largest = max(sizes, key=lambda word: sizes[word], default="")
+        remedy = (
+            f"--type {largest} fits"
+            if largest
+            else "no type fits: use a shorter context (-c), or more memory"
+        )
+        raise DsmoeError(error.what, where=error.where, remedy=remedy) from error
 
 
 def _show(plan: SplitPlan, title: str, about_speed: str, bandwidth: str, n_context: int) -> None:

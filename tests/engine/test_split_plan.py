@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
-from support.models import family_model, tiny_model
+from support.models import family_model, smollm2, tiny_model
 from support.workers import counted, workers
 
 from dsmoe_local.base.errors import UsageError
@@ -189,3 +193,18 @@ def measured(engine: EngineClient, traffic: list[int], n_tokens: int) -> int:
     assert last.usage is not None
     assert last.usage.completion_tokens == n_tokens
     return sum(traffic) - before
+
+
+@pytest.mark.parametrize("model", [tiny_model, smollm2])
+def test_buffers_of_a_worker(model: Callable[[], Path]) -> None:
+    """Guards: a worker that needs much more memory than this machine, whose buffers the plan takes for it."""
+    file, hp = read_model(model())
+    (here,) = plan_split(file, hp, [Machine(4 * GB, (1.0, 1.0))], NETWORK, 2048).shares
+    with workers(1) as (running,):
+        options = ModelOptions(
+            file.path, n_context=2048, n_gpu_layers=hp.n_layers, workers=(running.endpoint,)
+        )
+        with EngineClient.load(options) as engine:
+            log = "\n".join(engine.log())
+    *_, found = re.findall(r"RPC0\S* compute buffer size = +([\d.]+) MiB", log)
+    assert 0.8 < float(found) * 2**20 / here.buffers < 1.25
