@@ -52,8 +52,8 @@ _SIZES = parsed(_size_list, "SIZE,…")
 
 @define_command(
     "plan",
-    ("dsmoe plan qwen3-235b-a22b --memory 96GiB,64GiB", "Plan a published model for two machines."),
-    ("dsmoe plan model.gguf --memory 8GiB,8GiB --bandwidth WiFi", "Plan a file."),
+    ("dsmoe plan deepseek-v3 --memory 256GiB,96GiB", "Plan a published model."),
+    ("dsmoe plan model.gguf --memory 8GiB,8GiB", "Plan a file for two machines."),
 )
 @model_argument("target", "[MODEL|PRESET]", required=False)
 @model_option
@@ -185,24 +185,30 @@ def _machines(memory: Sequence[int], speeds: Sequence[int] | None) -> tuple[list
 def _plan(plan_file: Callable[[GgufFile], SplitPlan], file: GgufFile, outline: ModelOutline) -> SplitPlan:
     """Return the plan of a file. If it does not fit, the error names the largest recipe that would."""
     from dsmoe_local.engine.errors import OutOfMemoryError
-    from dsmoe_local.model.hyperparameters import Hyperparameters
-    from dsmoe_quantize.policy.named_recipes import RECIPES
 
     try:
         return plan_file(file)
     except OutOfMemoryError as error:
-        sizes: dict[str, int] = {}
-        for word in RECIPES if isinstance(outline, Hyperparameters) else ():
-            with suppress(OutOfMemoryError):
-                fitting = plan_file(_quantized(file, outline, word))
-                sizes[word] = sum(share.weights for share in fitting.shares)
-        largest = max(sizes, key=lambda word: sizes[word], default="")
-        remedy = (
-            f"--type {largest} fits"
-            if largest
-            else "no type fits: use a shorter context (-c), or more memory"
-        )
+        remedy = _smaller_type(plan_file, file, outline)
         raise DsmoeError(error.what, where=error.where, remedy=remedy) from error
+
+
+def _smaller_type(plan_file: Callable[[GgufFile], SplitPlan], file: GgufFile, outline: ModelOutline) -> str:
+    """Return the remedy for a file that does not fit."""
+    from dsmoe_local.engine.errors import OutOfMemoryError
+    from dsmoe_local.model.hyperparameters import Hyperparameters
+    from dsmoe_quantize.policy.named_recipes import RECIPES
+
+    if not isinstance(outline, Hyperparameters):
+        return "use a shorter context (-c), or more memory"
+    files = {word: _quantized(file, outline, word) for word in RECIPES}
+    sizes = {word: sum(each.n_bytes for each in files[word].tensors.values()) for word in files}
+    for word in sorted(sizes, key=lambda word: -sizes[word]):
+        with suppress(OutOfMemoryError):
+            plan_file(files[word])
+            return f"--type {word} fits"
+    least = min(sizes, key=lambda word: sizes[word])
+    return f"no type fits: the weights take {format_size(sizes[least])} in {least}, the smallest"
 
 
 def _show(plan: SplitPlan, title: str, about_speed: str, bandwidth: str, n_context: int) -> None:
