@@ -98,7 +98,7 @@ def test_a_file() -> None:
     [
         (("deepseek-v3", "--memory", "300GiB,16GiB"), "--type q4-small fits"),
         (("deepseek-v3", "--memory", "24GiB,16GiB"), "no type fits"),
-        (("deepseek-v3", "--memory", "300GiB,16GiB"), "GB are missing on 2 machines"),
+        (("deepseek-v3", "--memory", "300GiB,16GiB"), "does not fit on 2 machines: "),
         (("deepseek-v3", "--memory", "24,16"), "write the unit, as in 24GiB"),
         (("deepseek-v3", "--memory", "much"), "not a size"),
         (("deepseek-v3", "--memory", "1GiB,"), "not a size"),

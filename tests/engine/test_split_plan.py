@@ -103,16 +103,16 @@ def test_the_speed() -> None:
 
 def test_a_model_that_does_not_fit() -> None:
     """Guards: a plan that exceeds a machine's memory; a wrong sum of what is missing."""
-    with pytest.raises(OutOfMemoryError, match=r"it does not fit: 1[34]\.\d GB are missing on 2 machines"):
+    with pytest.raises(OutOfMemoryError, match=r"on 2 machines: 1[34]\.\d GB are missing"):
         plan("deepseekmoe-16b", 10 * GB, 10 * GB)
     hp, tensors = PRESETS["deepseekmoe-16b"].hp, tensors_of("deepseekmoe-16b", "BF16")
     found = plan("deepseekmoe-16b", 60 * GB).shares[0]
     exact = found.n_bytes + PROCESS_BYTES
     assert plan("deepseekmoe-16b", exact).shares[0].n_layers == hp.n_layers
-    with pytest.raises(OutOfMemoryError, match="10 MB are missing on 1 machine"):
+    with pytest.raises(OutOfMemoryError, match="on 1 machine: 10 MB are missing"):
         plan("deepseekmoe-16b", exact - 10**7)
     layer = sum(tensor.n_bytes for tensor in tensors) / hp.n_layers
-    with pytest.raises(OutOfMemoryError, match="whole layers do not fit on 80 machines"):
+    with pytest.raises(OutOfMemoryError, match="on 80 machines: layers are not divided"):
         plan("deepseekmoe-16b", *[layer * 0.8] * 80)
 
 

@@ -153,9 +153,11 @@ def _does_not_fit(
     buffers = sizes.compute[HOST] * len(machines) + PROCESS_BYTES
     needed = weights + sizes.cache + buffers
     missing = needed - sum(machine.n_bytes for machine in machines)
-    why = f"{format_size(missing)} are missing" if missing > 0 else "whole layers do not fit"
+    why = "layers are not divided, and this machine holds the embedding"
+    if missing > 0:
+        why = f"{format_size(missing)} are missing"
     return OutOfMemoryError(
-        f"it does not fit: {why} on {count(len(machines), 'machine')}",
+        f"it does not fit on {count(len(machines), 'machine')}: {why}",
         where=f"needed: {format_size(needed)} (weights {format_size(weights)}, KV cache "
         f"{format_size(sizes.cache)}, buffers {format_size(buffers)})",
     )
