@@ -252,6 +252,19 @@ def test_common_prefixes_come_together() -> None:
     assert sum(before[0] != after[0] for before, after in pairwise(sequence)) == 1
 
 
+def test_groups_end_between_prefixes() -> None:
+    """Guards: lines of two prefixes in one group, so that a worker reads both; a group without lines."""
+    prompts: list[Prompt] = [f"{kind * 300}{number}" for kind in "abc" for number in range(6)]
+    with closing(index_of(prompts)) as index:
+        index.plan(ordered=False)
+        sizes = []
+        while sum(sizes) < len(prompts):
+            sizes.append(len(index.group(sum(sizes), 8)))
+        assert sizes == [6, 6, 6]
+        assert [span.number for span, _ in index.group(4, 1)] == [index.entry(4)[0].number]
+        assert [len(index.group(0, most)) for most in (4, 8, 11, 12, 100)] == [4, 6, 6, 12, 18]
+
+
 def test_messages_share_a_system_text() -> None:
     """Guards: conversations whose common prefix is not seen."""
     prompts: list[Prompt] = [

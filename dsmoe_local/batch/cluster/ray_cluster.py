@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError
-from dsmoe_local.base.progress import Listener, Note
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.progress import Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch.cluster.interface import (
@@ -120,14 +120,18 @@ class RayCluster:
         self._listen = listen
         self._ray = _import_ray()
         self._closed = threading.Event()
+        stage = "starting Ray" if options.address == LOCAL else "connecting to Ray"
+        listen(Started(stage, 1, unit="clusters"))
         try:
             _connect(self._ray, options.address, stop, self._closed)
         except BaseException:
             self._closed.set()
             raise
+        listen(Finished(stage))
         # A copy of the options in the object store, for all workers.
         self._shared = self._ray.put(worker)
         self._n_started = 0
+        self._noted = False
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
         self._n_most: dict[str, int] = {}  # workers that a node can have, if less than have room
@@ -196,9 +200,21 @@ class RayCluster:
         while n_wanted is None or len(self._members) < n_wanted:
             free = [node for node in nodes if self._n_workers(node) < self._room(node, each)]
             if not free:
+                self._note_few_workers()
                 break
             self._start(min(free, key=self._n_workers), each)
         self._check_workers(nodes, now)
+
+    def _note_few_workers(self) -> None:
+        """Tell the user once if fewer workers have room than were asked for."""
+        n_wanted, n_workers = self._options.n_workers, len(self._members)
+        if n_wanted and n_workers and not self._noted:
+            self._noted = True
+            self._listen(
+                Note(
+                    f"only {n_workers} of {n_wanted} workers have room; others start on nodes that are added"
+                )
+            )
 
     def _check_workers(self, nodes: Sequence[_Node], now: float) -> None:
         """Raise DsmoeError if there is no worker, and a new node would not help or did not come."""
@@ -365,9 +381,15 @@ def _connect(ray: Any, address: str, stop: threading.Event, closed: threading.Ev
     thread that has started them.
     """
     if address == LOCAL:
-        arguments = {"address": LOCAL, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        arguments = {
+            "address": LOCAL,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE,
+            "_node_ip_address": "127.0.0.1",  # other machines cannot reach it
+        }
     else:
-        _check_reachable(os.environ.get("RAY_ADDRESS", "") if address == AUTO else address)
+        address = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
+        _check_reachable(address)
         arguments = {"address": address}
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -397,7 +419,13 @@ def _connect(ray: Any, address: str, stop: threading.Event, closed: threading.Ev
 
 
 def _check_reachable(address: str) -> None:
-    """Raise DsmoeError if nothing listens at HOST:PORT."""
+    """Raise DsmoeError if nothing listens at HOST:PORT; UsageError for an address of Ray Client."""
+    if "://" in address:
+        raise UsageError(
+            "a cluster cannot be used from outside, with Ray Client",
+            where=address,
+            remedy="run the command on a machine of the cluster, with --ray HOST:PORT of its head",
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return  # Ray looks for a cluster

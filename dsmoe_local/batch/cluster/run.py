@@ -154,14 +154,14 @@ class _Run:
         """Work until every record counts, `stop` is set, or too many lines have failed."""
         records = self._records
         while not (records.complete or stop.is_set() or records.too_many_failed):
+            # If no worker has a line, the disk is behind, or there are no lines left.
+            all_idle = len(self._idle) == len(self._workers) and records.n_put > records.n_written
             if self._scheduler.n_unanswered:
-                events = self._cluster.poll(_POLL_SECONDS)
+                events = self._cluster.poll(0 if all_idle else _POLL_SECONDS)
                 _announce(events, self._listen)
                 self.handle(events)
-                self._confirm(0)
                 self._wake()
-            else:
-                self._confirm(_POLL_SECONDS)
+            self._confirm(_POLL_SECONDS if all_idle or not self._scheduler.n_unanswered else 0)
             self._watch()
 
     def end(self) -> None:

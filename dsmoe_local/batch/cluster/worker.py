@@ -6,7 +6,6 @@ It runs in a process of the cluster. Errors are returned as data, because anothe
 from __future__ import annotations
 
 import queue
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dsmoe_local import __version__
+from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.batch.cluster.interface import Answer, Fault, Item, Report
@@ -21,7 +21,7 @@ from dsmoe_local.batch.cluster.model_copy import ModelCopy
 from dsmoe_local.batch.collector import Collector
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.line_engine import LineEngine, Result
-from dsmoe_local.batch.lines import Line
+from dsmoe_local.batch.lines import Line, hash64
 from dsmoe_local.batch.records import Failure
 from dsmoe_local.batch.writer import record_of
 from dsmoe_local.engine.errors import EngineError
@@ -81,7 +81,6 @@ class Worker:
         self._finished: queue.SimpleQueue[Collector] = queue.SimpleQueue()
         self._n_tokens = 0  # of requests that have ended, as the next one
         self._n_events = 0
-        self._template = tempfile.NamedTemporaryFile(prefix="dsmoe-template-", suffix=".jinja")  # noqa: SIM115 - open until the end
         self._copy: ModelCopy | None = None
 
     def load(self) -> Load:
@@ -128,6 +127,11 @@ class Worker:
         except DsmoeError as error:
             return self._report(answers, error)
         return self._report(answers)
+
+    def close(self) -> None:
+        """End the engine."""
+        if self._engine is not None:
+            self._engine.close()
 
     def begin_copy(self, n_bytes: int) -> Fault | None:
         """Begin to copy the model to this machine."""
@@ -199,9 +203,11 @@ class Worker:
         if model.n_threads is None:
             model = replace(model, n_threads=min(physical_cores(), self._n_cpus))
         if options.template is not None:
-            self._template.write(options.template)
-            self._template.flush()
-            model = replace(model, chat_template=self._template.name)
+            # Named by its content: this process may be killed, and then leaves it behind.
+            file = cache_folder() / "batch-templates" / f"{hash64(options.template):016x}.jinja"
+            durable.make_folders(file.parent)
+            durable.write_file(file, options.template)
+            model = replace(model, chat_template=str(file))
         return choose_parallel(model, options.workload, options.n_parallel)
 
 
