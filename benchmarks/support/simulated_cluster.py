@@ -131,8 +131,10 @@ class SimulatedCluster:
             end = begin + behaviour.seconds * spread / state.speed
             heapq.heappush(state.slots, end)
             heapq.heappush(state.running, (end, next(self._numbers), item))
-        first = state.running[0][0] if state.running else math.inf
-        when = min(max(self.now, first) + behaviour.more_seconds, self.now + _HEARTBEAT_SECONDS)
+        # As `Worker.work`: some time after the first line is answered, or when half of the lines are.
+        ends = heapq.nsmallest(max(1, len(state.running) - behaviour.n_parallel), state.running)
+        first, half = (ends[0][0], ends[-1][0]) if ends else (math.inf, math.inf)
+        when = min(max(self.now, min(first + behaviour.more_seconds, half)), self.now + _HEARTBEAT_SECONDS)
         if when < state.hangs_at:
             self._at(when, lambda: self._report(state))
 

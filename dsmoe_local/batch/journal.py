@@ -29,6 +29,7 @@ _OLD_START = b'{"dsmoe_batch":'  # versions 1 and 2
 _FIELDS = ("settings", "loaded", "names")  # of the header, next to the version
 _MARK = "committed"
 _KEY = re.compile("[0-9a-f]{32}")
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _CHECKSUM = 9  # characters of a line before its value
 _MAX_LINE = 16 << 20
 
@@ -83,7 +84,7 @@ def mark_line(checksum: int) -> tuple[bytes, int]:
 
 
 def _line(value: object, checksum: int) -> tuple[bytes, int]:
-    text = json.dumps(value, separators=(",", ":")).encode()
+    text = _encode(value).encode()
     checksum = zlib.crc32(text, checksum)
     return b"%08x %b\n" % (checksum, text), checksum
 

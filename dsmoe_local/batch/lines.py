@@ -13,6 +13,8 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.errors import RequestError, describe
 
 MAX_LINE = 64 << 20
+# `json.dumps` would make an encoder for each line.
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 ID_FIELDS = ("custom_id", "id")
 
 
@@ -54,7 +56,7 @@ def key_of(name: str, raw: bytes, values: Mapping[str, Any], kept: Mapping[str, 
     content = raw
     if values:
         parts = {"values": values, "kept": kept} if kept else values
-        content = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+        content = _encode(parts).encode()
     return Key(hash64(name.encode()), hash64(content))
 
 

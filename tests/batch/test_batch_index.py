@@ -257,7 +257,7 @@ def test_groups_end_between_prefixes() -> None:
     prompts: list[Prompt] = [f"{kind * 300}{number}" for kind in "abc" for number in range(6)]
     with closing(index_of(prompts)) as index:
         index.plan(ordered=False)
-        sizes = []
+        sizes: list[int] = []
         while sum(sizes) < len(prompts):
             sizes.append(len(index.group(sum(sizes), 8)))
         assert sizes == [6, 6, 6]

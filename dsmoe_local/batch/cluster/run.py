@@ -154,14 +154,14 @@ class _Run:
         """Work until every record counts, `stop` is set, or too many lines have failed."""
         records = self._records
         while not (records.complete or stop.is_set() or records.too_many_failed):
-            # If no worker has a line, the disk is behind, or there are no lines left.
-            all_idle = len(self._idle) == len(self._workers) and records.n_put > records.n_written
-            if self._scheduler.n_unanswered:
-                events = self._cluster.poll(0 if all_idle else _POLL_SECONDS)
-                _announce(events, self._listen)
-                self.handle(events)
-                self._wake()
-            self._confirm(_POLL_SECONDS if all_idle or not self._scheduler.n_unanswered else 0)
+            if records.behind or not self._scheduler.n_unanswered:
+                self._confirm(_POLL_SECONDS)
+                continue
+            events = self._cluster.poll(_POLL_SECONDS)
+            _announce(events, self._listen)
+            self.handle(events)
+            self._wake()
+            self._confirm(0)
             self._watch()
 
     def end(self) -> None:
@@ -195,7 +195,7 @@ class _Run:
         summary = summaries.setdefault(event.worker, WorkerSummary(event.node))
         self._workers[event.worker] = _Worker(event.node, summary, now, now)
         self._scheduler.join(event.worker, event.capacity)
-        self._n_ahead = max(_MAX_AHEAD, self._n_ahead + 2 * event.capacity)
+        self._n_ahead = max(_MAX_AHEAD, 2 * event.capacity * len(self._workers))
         self._give(event.worker)
 
     def _take(self, worker: str, report: Report) -> None:
@@ -221,7 +221,7 @@ class _Run:
         items: list[Item] = []
         if not scheduler.holds(worker):
             self._workers[worker].busy_since = now
-        if not (self._records.behind or self._records.too_many_failed):
+        if not self._records.too_many_failed:
             before = self._records.n_put + self._n_ahead if job.options.ordered else job.plan.n_lines
             tasks = scheduler.take(worker, now, before)
             items = [Item(task, job.line_at(*self._entries[task])) for task in tasks]

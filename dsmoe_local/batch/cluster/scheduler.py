@@ -46,7 +46,8 @@ class Scheduler:
         self._returned: deque[int] = deque()
         self._suspects: deque[int] = deque()
         self._workers: dict[str, _Worker] = {}
-        self._holders: dict[int, list[str]] = {}  # of each task that is being answered, in the order of time
+        self._holders: dict[int, list[str]] = {}  # of each task that is being answered
+        self._uncopied: dict[int, str] = {}  # tasks with one holder, the oldest first
         self._losses: dict[int, int] = {}
         self._n_timed = 0
         self._seconds = 0.0
@@ -96,6 +97,7 @@ class Scheduler:
         # Another worker may still work on a copy, and hold it until then.
         if self._holders.pop(task, None) is None:
             return False
+        self._uncopied.pop(task, None)
         self._losses.pop(task, None)
         self.n_unanswered -= 1
         self._n_timed += 1
@@ -147,6 +149,7 @@ class Scheduler:
             holders.remove(worker)
             if not holders:
                 del self._holders[task]
+                self._uncopied.pop(task, None)
                 orphans.append(task)
         return orphans
 
@@ -191,16 +194,21 @@ class Scheduler:
         if not self._n_timed:
             return late
         limit = _COPY_AFTER * self._seconds / self._n_timed
-        for task, holders in self._holders.items():
-            first = self._workers[holders[0]]
-            if len(late) == state.capacity - len(state.held) or now - first.held[task] <= limit:
+        for task, other in self._uncopied.items():
+            full = len(late) == state.capacity - len(state.held)
+            if full or now - self._workers[other].held[task] <= limit:
                 break
-            if len(holders) == 1 and holders[0] != worker and not first.alone:
+            if other != worker:
                 late.append(task)
         return late
 
     def _hand_out(self, task: int, worker: str, now: float) -> int:
-        self._workers[worker].held[task] = now
-        # A task that comes back was removed before, so it is the last again.
-        self._holders.setdefault(task, []).append(worker)
+        state = self._workers[worker]
+        state.held[task] = now
+        holders = self._holders.setdefault(task, [])
+        holders.append(worker)
+        if len(holders) == 1 and not state.alone:
+            self._uncopied[task] = worker
+        else:
+            self._uncopied.pop(task, None)
         return task

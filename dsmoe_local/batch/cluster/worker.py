@@ -98,6 +98,7 @@ class Worker:
                 self._engine.encode("a")
             # Requests that ended with the last process may still be in the old queue.
             self._finished = queue.SimpleQueue()
+            self._n_tokens = self._n_events = 0
             self._lines = LineEngine(self._engine, self._options.batch, self._finished.put)
         except DsmoeError as error:
             return Fault.of(error)
@@ -106,7 +107,7 @@ class Worker:
     def work(self, items: Sequence[Item], seconds: float, more_seconds: float) -> Report:
         """Start lines. Report when a line is answered, with what else is answered within `more_seconds`.
 
-        If none is, report after `seconds`.
+        Report earlier if the engine needs more lines, and after `seconds` if none is answered.
         """
         assert self._lines is not None
         answers: list[Answer] = []
@@ -116,8 +117,10 @@ class Worker:
             began = time.monotonic()
             end = began + (more_seconds if answers else seconds)
             while self._lines.running or not items:
+                needs_more = answers and len(self._lines.running) <= self._lines.capacity // 2
+                left = 0.0 if needs_more else max(0.0, end - time.monotonic())
                 try:
-                    collector = self._finished.get(timeout=max(0.0, end - time.monotonic()))
+                    collector = self._finished.get(timeout=left)
                 except queue.Empty:
                     break
                 end = min(end, time.monotonic() + more_seconds)
