@@ -64,7 +64,7 @@ class Core:
         """Schedule a request. Raises PromptError if it is too long, UsageError if it is not supported."""
         n_context = self._loaded.info.n_context
         if len(prompt) >= n_context:
-            raise too_long(f"{len(prompt):,} tokens", n_context)
+            raise too_long(f"{len(prompt):,} tokens", n_context, self._loaded.info.n_context_trained)
         if job.request.context_shift and not self._loaded.context.can_shift:
             raise UsageError(
                 "context_shift: the KV cache of this model cannot be shifted",

@@ -45,11 +45,15 @@ class ContextLengthError(PromptError):
     """A prompt leaves no room for a reply."""
 
 
-def too_long(length: str, n_context: int) -> ContextLengthError:
-    """Return the error for a prompt that leaves no room for a reply. `length` includes its unit."""
+def too_long(length: str, n_context: int, n_trained: int) -> ContextLengthError:
+    """Return the error for a prompt that leaves no room for a reply. `length` includes its unit.
+
+    `n_trained` is the context that the model was trained for.
+    """
+    longer = f", or use a longer context (-c, at most {n_trained})"
     return ContextLengthError(
         f"the message was not sent: the prompt has {length}, the context holds {n_context:,} tokens",
-        remedy="shorten it, or use a longer context (-c)",
+        remedy="shorten it" + (longer if n_context < n_trained else "; the model was trained for no more"),
     )
 
 

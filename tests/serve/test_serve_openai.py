@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from support.fake_engine import FakeEngine
 from support.serving import HELLO, Serving, serving
 
-from dsmoe_local.engine.errors import NativeError
+from dsmoe_local.engine.errors import NativeError, too_long
 
 
 @pytest.fixture
@@ -239,10 +239,23 @@ def test_refusals(client: OpenAI, change: dict[str, Any], param: str, message: s
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_beyond_the_context(client: OpenAI, stream: bool) -> None:
-    """Guards: a prompt that is cut in silence; a message without the numbers."""
+    """Guards: a prompt that is cut in silence; a message without the numbers, or with advice that fails."""
     with pytest.raises(openai.BadRequestError, match=r"5,000 tokens, the context holds 4,096") as refusal:
         client.completions.create(model="fake", prompt="a" * 5000, stream=stream)
     assert refusal.value.code == "context_length_exceeded"
+    assert "trained for no more" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("n_trained", "remedy"),
+    [
+        (100, "shorten it; the model was trained for no more"),
+        (101, "shorten it, or use a longer context (-c, at most 101)"),
+    ],
+)
+def test_a_longer_context_is_advised_only_if_the_model_has_it(n_trained: int, remedy: str) -> None:
+    """Guards: advice to raise -c, which is reduced to what the model was trained for."""
+    assert too_long("120 tokens", 100, n_trained).remedy == remedy
 
 
 @pytest.mark.parametrize("n_before", [0, 3])

@@ -187,7 +187,7 @@ class FakeEngine:
         try:
             prompt = self._checked(self._encode(request.prompt, request.continue_final_message))
             if len(prompt) >= self.info.n_context:
-                raise too_long(f"{len(prompt):,} tokens", self.info.n_context)
+                raise too_long(f"{len(prompt):,} tokens", self.info.n_context, self.info.n_context_trained)
             text = _bytes_of(prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
             for index in range(request.n):

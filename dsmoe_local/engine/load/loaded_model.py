@@ -122,7 +122,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         )
         made.callback(context.close)
         native.add_log(f"kernels: {kernels.about} ({kernels.reason})")
-        encoder = PromptEncoder(model, template, n_context)
+        encoder = PromptEncoder(model, template, n_context, outline.n_context)
         made.callback(encoder.close)
         info = _info(options, file, outline, model, fit, n_context, unified, template)
         arithmetic = _arithmetic(options, fit, kernels)

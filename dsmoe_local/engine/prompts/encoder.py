@@ -55,16 +55,20 @@ class PromptEncoder:
     """Encodes prompts for one model and template. Any thread may call it.
 
     `reasoning` says how the model marks reasoning. It is None if the template has no markers of reasoning.
-    `tools` says how the model writes tool calls. It is None if there is no template.
+    `tools` says how the model writes tool calls. It is None if there is no template. `n_trained` is the
+    context that the model was trained for.
     """
 
-    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, n_context: int) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, template: ChatTemplate | None, n_context: int, n_trained: int = 0
+    ) -> None:
         self.template = template
         markers = None if template is None else template.markers
         self.reasoning = None if markers is None else reasoning.ReasoningFormat(markers, vocabulary)
         self.tools = None if template is None else ToolSupport(template.text, vocabulary)
         self._vocabulary = vocabulary
         self._n_context = n_context
+        self._n_trained = n_trained
         # Each turn tokenizes the template's texts and all earlier messages again.
         self._cached_ids = lru_cache(_CACHE_ENTRIES)(self._ids)
         self._cached_pieces = lru_cache(_CACHE_ENTRIES)(self._pieces)
@@ -279,7 +283,7 @@ class PromptEncoder:
         """Return `text` as UTF-8. Raises PromptError if it is too long or has a word that is too long."""
         encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
-            raise too_long(f"{len(encoded):,} bytes", self._n_context)
+            raise too_long(f"{len(encoded):,} bytes", self._n_context, self._n_trained)
         long_word = _LONG_WORD.search(text)
         if long_word is not None:
             is_space = long_word[0].isspace()
