@@ -34,18 +34,19 @@ def opened(
     folder: Path,
     listen: Listener,
     stop: threading.Event,
+    output: Url | None = None,
 ) -> Iterator[Sources]:
     """Open inputs until the block ends. `spool` has the content of standard input.
 
-    Temporary files are in `folder`. Raises UsageError, FileError, FormatError, MissingExtraError,
-    InterruptedRunError.
+    `output` is not an input even if a pattern matches it. Temporary files are in `folder`. Raises UsageError,
+    FileError, FormatError, MissingExtraError, InterruptedRunError.
     """
     with ExitStack() as stack:
         opener = _Opener(form, folder, stack, listen, stop)
         names = [
             name
             for location in named
-            for name in (expand(location, stop) if isinstance(location, Url) else [location])
+            for name in (expand(location, output, stop) if isinstance(location, Url) else [location])
         ]
         sources = []
         for name in names:

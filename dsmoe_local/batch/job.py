@@ -231,7 +231,15 @@ def prepared(
         stack.enter_context(durable.locked(options.out))
         spool = stack.enter_context(spooled(options.out, stop)) if STDIN in options.sources else None
         sources = stack.enter_context(
-            opened(options.sources, options.input, spool, options.out.absolute().parent, listen, stop)
+            opened(
+                options.sources,
+                options.input,
+                spool,
+                options.out.absolute().parent,
+                listen,
+                stop,
+                options.address,
+            )
         )
         index = stack.enter_context(closing(build_index(sources, options.defaults, listen, stop)))
         summary = BatchSummary(n_requests=len(index))

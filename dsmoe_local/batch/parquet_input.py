@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".pq")
 _MAGIC = b"PAR1"
+_MAGICS = (_MAGIC, b"PARE")  # plain; with an encrypted footer, which pyarrow's error explains
 _PAGE_BUFFER = 1 << 20
 # Rows that are decoded at once. A prompt may be long, and be stored once for many rows.
 _ROWS = 64
@@ -73,6 +74,13 @@ def write_rows(
             where=shown,
             remedy="name the column with the prompt: --template '{column}'",
         )
+    source.seek(0)
+    if not source.read(len(_MAGIC)).startswith(_MAGICS):
+        raise FormatError(
+            "the file is not a Parquet file, although its name says so",
+            where=shown,
+            remedy="if it contains JSON lines or CSV, rename it to ….jsonl or ….csv",
+        )
     with needs_pyarrow():
         import pyarrow as pa
         from pyarrow import parquet
@@ -89,7 +97,7 @@ def write_rows(
         listen(Started("reading rows", file.metadata.num_rows, unit="rows"))
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for row in _rows(batch.select(columns), n_rows, shown):
-                values = _as_json(row if form.template else _with_parsed_fields(row))
+                values = _as_json(_exact_row(row) if form.template else _request_row(row))
                 target.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
             n_rows += batch.num_rows
             listen(Advanced(batch.num_rows))
@@ -177,9 +185,21 @@ def _rows(batch: pa.RecordBatch, n_before: int, shown: str) -> list[dict[str, An
     return found
 
 
-def _with_parsed_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Parse the fields that may be JSON. Other text stays, and the reader of the field refuses it."""
-    parsed = dict(row)
+def _exact_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace decimals with a fraction by text, because floats would round them."""
+    return {
+        name: f"{value:f}" if isinstance(value, Decimal) and value.as_tuple().exponent != 0 else value
+        for name, value in row.items()
+    }
+
+
+def _request_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Parse the fields that may be JSON. Other text stays, and the reader of the field refuses it.
+
+    Decimals stay numbers only in the fields of a request.
+    """
+    exact = _exact_row(row)
+    parsed = {name: (row if name in KNOWN else exact)[name] for name in row}
     for name in _JSON_FIELDS & row.keys():
         if isinstance(row[name], str):
             with suppress(RequestError):
@@ -198,7 +218,7 @@ def _as_json(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, list):
         return [_as_json(part) for part in value]
     if isinstance(value, Decimal):
-        value = float(value)
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)

@@ -284,7 +284,7 @@ def reading(shown: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
                 "no space for a temporary copy of the input",
                 where=shown,

@@ -5,6 +5,7 @@ An input is copied to a local file before it is read. An output is uploaded when
 
 from __future__ import annotations
 
+import difflib
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, MissingExtraError, UsageError
@@ -20,6 +20,7 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.batch.sources import reading
 
 T = TypeVar("T")
 
@@ -39,21 +40,24 @@ _VERSION_KEYS = (
     "updated",
     "blob_id",
 )
+_MISSING = frozenset({404, 410})
+_DENIED = frozenset({401, 403})
+_LATER = "check the address and the network, then run the same command again"
 _CHUNK = 4 << 20
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """The URL of an input or an output. As text it has no password and no query, which may be a secret."""
+    """The URL of an input or an output. Its text lacks user, query and fragment, which may be secret."""
 
     address: str
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
-        path = urlsplit(self.address).path if self.is_http else self.address
-        return path.rstrip("/").rpartition("/")[2]
+        """The last part of the path, as shown."""
+        path = str(self).partition("://")[2]
+        return (path.partition("/")[2] if self.is_http else path).rstrip("/").rpartition("/")[2]
 
     @property
     def protocol(self) -> str:
@@ -74,8 +78,8 @@ def parse_location(text: str) -> Path | Url:
     return Url(text) if _URL.match(text) else Path(text)
 
 
-def expand(url: Url, stop: threading.Event) -> list[Url]:
-    """Return the files that match a URL with `*`, by name; other URLs as they are.
+def expand(url: Url, output: Url | None, stop: threading.Event) -> list[Url]:
+    """Return the files that match a URL with `*`, by name and without `output`; other URLs as they are.
 
     FileError if none does; InterruptedRunError.
     """
@@ -84,7 +88,10 @@ def expand(url: Url, stop: threading.Event) -> list[Url]:
 
     def find() -> list[str]:
         system, path = _file_system(url)
-        return sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))
+        found = set(system.glob(path))
+        if output and output.protocol == url.protocol:
+            found.discard(_file_system(output)[1])
+        return sorted(str(system.unstrip_protocol(name)) for name in found)
 
     with _explained(url, "read"):
         found = _until_stopped(find, stop, "interrupted: the inputs were not read")
@@ -108,10 +115,12 @@ def download(url: Url, target: BinaryIO, folder: Path, listen: Listener, stop: t
         n_bytes = 0
         with system.open(path, "rb", block_size=_CHUNK) as source:
             while chunk := source.read(_CHUNK):
-                target.write(chunk)
+                with reading(f"{url}, copied to {folder}"):
+                    target.write(chunk)
                 n_bytes += len(chunk)
                 listen(Advanced(len(chunk)))
-        target.flush()
+        with reading(f"{url}, copied to {folder}"):
+            target.flush()
         if size and n_bytes != size:
             raise FileError(f"the input ends after {n_bytes:,} of {count(size, 'byte')}", where=str(url))
         if _version(system, path) != version:
@@ -174,6 +183,12 @@ def upload(local: Path, url: Url, listen: Listener, stop: threading.Event) -> No
             _check_size(system, temporary, size, url)
             reach("upload.sent")
             system.mv(temporary, path)
+            if system.exists(temporary):
+                raise FileError(
+                    "an existing file could not be replaced",
+                    where=str(url),
+                    remedy=f"remove it, and run the same command again; {local} is complete",
+                )
         _check_size(system, path, size, url)
         listen(Finished(f"uploading {url.name}"))
         listen(Note(f"uploaded to {url}: {format_size(size)}"))
@@ -193,9 +208,17 @@ def _file_system(url: Url) -> tuple[Any, str]:
     """Return the file system of a URL, and the path there. Raises UsageError, MissingExtraError."""
     try:
         from fsspec.core import url_to_fs
-        from fsspec.registry import known_implementations
+        from fsspec.registry import available_protocols, known_implementations
     except ImportError as error:
         raise MissingExtraError("urls", "fsspec", f"{url.protocol}:// URLs") from error
+    known = available_protocols()
+    if url.protocol not in known:
+        near = difflib.get_close_matches(url.protocol, ("https", *known), n=1)
+        raise UsageError(
+            f"{url.protocol}:// is not a known kind of URL",
+            where=str(url),
+            remedy=f"did you mean {near[0]}://?" if near else "use https://, s3://, gs://, az:// or hf://",
+        )
     try:
         found: tuple[Any, str] = url_to_fs(url.address)
     except ImportError as error:
@@ -250,15 +273,32 @@ def _explained(url: Url, verb: str, remedy: str = "") -> Iterator[None]:
         found: BaseException = error
         while isinstance(found, FileNotFoundError) and found.__cause__:
             found = found.__cause__  # fsspec raises this error also if a server cannot be reached
-        if isinstance(found, FileNotFoundError):
-            reason = "it does not exist"
-        else:
-            # The messages of drivers contain whole addresses.
-            text = str(found).partition("\n")[0] or type(found).__name__
-            reason = safe_line(_without_secrets(text), 200)
-        raise FileError(f"the URL cannot be {verb}: {reason}", where=str(url), remedy=remedy) from error
+        reason, advice = _reason(found)
+        if "*" in url.address and url.is_http:
+            advice = "web servers do not list files: name each file instead of using *"
+        raise FileError(
+            f"the URL cannot be {verb}: {reason}", where=str(url), remedy=remedy or advice
+        ) from error
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """Return why a driver failed, and what to do."""
+    status, host = getattr(error, "status", None), getattr(error, "host", None)
+    if isinstance(error, FileNotFoundError) or status in _MISSING:
+        return "there is no such file", "check the address"
+    if isinstance(error, PermissionError) or status in _DENIED:
+        return "access is denied", "check the address and your credentials for it"
+    if isinstance(status, int):
+        return f"the server answered with status {status}", _LATER
+    if isinstance(error, TimeoutError):
+        return "the server did not answer in time", _LATER
+    if isinstance(error, OSError) and isinstance(host, str):
+        return f"no connection to {safe_line(host, 60)}", _LATER
+    # The messages of drivers contain whole addresses.
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return safe_line(_without_secrets(text), 200), _LATER
 
 
 def _without_secrets(text: str) -> str:
-    """Remove queries and user names with passwords from the addresses in a text."""
-    return re.sub(r"(://)[^/@\s]*@", r"\1", re.sub(r"\?[^\s'\"]*", "", text))
+    """Remove users with passwords, queries and fragments from the addresses in a text."""
+    return re.sub(r"(?<=\S)[?#][^\s'\"]*", "", re.sub(r"(://)[^/?#\s]*@", r"\1", text))

@@ -119,6 +119,36 @@ def test_column_types(tmp_path: Path) -> None:
     assert (third.id, third.prompt, third.stop) == ("row-3", "r", ("b", "c"))
 
 
+def test_decimals(tmp_path: Path) -> None:
+    """Guards: integers, which SQL databases export as decimals, rounded to floats: ids that become equal, and
+    prompts with other numbers.
+    """
+    whole = [12345678901234567891, 12345678901234567892]
+    columns = {
+        "id": pa.array(whole, pa.decimal128(38, 0)),
+        "price": pa.array([Decimal("1234567890123456.10"), Decimal("5.00")], pa.decimal128(20, 2)),
+        "max_tokens": pa.array([3, 5], pa.decimal128(10, 2)),
+    }
+    table = write_table(tmp_path / "in.parquet", pa.table({**columns, "prompt": ["p", "q"]}))
+    with lines_of(table, InputForm(keep=("price",))) as found:
+        lines = list(found)
+    assert [(line.id, line.kept["price"]) for line in lines] == [
+        (str(whole[0]), "1234567890123456.10"),
+        (str(whole[1]), "5.00"),
+    ]
+    assert [request_of(line, GREEDY).max_tokens for line in lines] == [3, 5]
+    with lines_of(table, InputForm(template=parse_template("{id}: {price}"))) as found:
+        assert next(found).values == {"prompt": "12345678901234567891: 1234567890123456.10"}
+
+
+def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
+    """Guards: the words of a library about magic bytes."""
+    lines = write_lines(tmp_path / "in.parquet", [{"prompt": "a"}])
+    with pytest.raises(FormatError, match="not a Parquet file") as refusal:
+        run_batch(FakeEngine(), batch(tmp_path, sources=[lines]))
+    assert "rename it to ….jsonl" in refusal.value.remedy
+
+
 def test_json_as_text(tmp_path: Path) -> None:
     """Guards: schemas with empty objects or values of several types, which Arrow cannot store as structs."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
 import signal
 import sys
@@ -29,13 +31,14 @@ from dsmoe_local.base.errors import (
     FormatError,
     InterruptedRunError,
     MissingExtraError,
+    NoSpaceError,
     UsageError,
 )
-from dsmoe_local.base.progress import Event, Note
+from dsmoe_local.base.progress import Event, Note, ignore
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.urls import Url, parse_location
+from dsmoe_local.batch.urls import Url, download, parse_location
 
 LINES = [{"id": str(n), "prompt": f"p{n}"} for n in range(12)]
 _REGISTRY = importlib.import_module("fsspec.registry")
@@ -147,6 +150,24 @@ def test_paths_and_urls() -> None:
     assert (secret.name, str(secret)) == ("in.csv", "https://host/dir/in.csv")
 
 
+@pytest.mark.parametrize(
+    ("address", "shown", "name"),
+    [
+        ("https://me:hid@den@host/in.csv", "https://host/in.csv", "in.csv"),
+        ("https://host/in.csv#hidden", "https://host/in.csv", "in.csv"),
+        ("https://host/in.csv?a=me@hidden#hidden", "https://host/in.csv", "in.csv"),
+        ("az://box/in.csv?sig=hid/den", "az://box/in.csv", "in.csv"),
+        ("https://[x/in.csv", "https://[x/in.csv", "in.csv"),
+        ("https://host?token=hidden", "https://host", ""),
+    ],
+)
+def test_secrets_in_addresses(address: str, shown: str, name: str) -> None:
+    """Guards: a part of a password, a token or a signature in a message or in the name of a local file; a
+    traceback for a malformed address.
+    """
+    assert (str(Url(address)), Url(address).name) == (shown, name)
+
+
 @pytest.mark.parametrize(("ranges", "sized"), [(True, True), (False, True), (False, False)])
 def test_inputs(tmp_path: Path, memory: MemoryFileSystem, ranges: bool, sized: bool) -> None:
     """Guards: a kind of address, or of file, that is read otherwise than a local file."""
@@ -202,19 +223,55 @@ def test_a_changed_input(tmp_path: Path, memory: MemoryFileSystem) -> None:
 
 def test_errors_of_inputs(tmp_path: Path) -> None:
     """Guards: a traceback of a driver; a part of a file taken for all; secrets in messages."""
+    gone = "the URL cannot be read: there is no such file"
     with serving(Web({"/short": CONTENT}, lost=9)) as web:
         short = told(batch(tmp_path, sources=[Url(f"{web.url}/short?token=hidden")]))
         missing = told(batch(tmp_path, sources=[Url(f"{web.url}/missing?token=hidden")]))
+        assert missing == f"{gone}\n{web.url}/missing\ncheck the address"
     with serving(Web({"/blob/x.parquet": b"\n<!DOCTYPE html><html>"})) as web:
         page = told(batch(tmp_path, sources=[Url(f"{web.url}/blob/x.parquet")]), FormatError)
     assert "the URL leads to a web page" in page
     closed = told(batch(tmp_path, sources=[Url(f"{web.url}/in?token=hidden")]))
     assert "the URL cannot be read" in short
-    assert "the URL cannot be read: 404, message='Not Found'" in missing
-    assert "it does not exist" in told(batch(tmp_path, sources=[Url("memory://missing")]))
-    assert "the URL cannot be read: Cannot connect to host 127.0.0.1" in closed
+    assert told(batch(tmp_path, sources=[Url("memory://x")])) == f"{gone}\nmemory://x\ncheck the address"
+    assert closed.startswith(f"the URL cannot be read: no connection to 127.0.0.1\n{web.url}/in\ncheck the")
     assert "hidden" not in short + missing + closed
-    assert "Protocol not known: foo" in told(batch(tmp_path, sources=[Url("foo://a/b")]))
+
+
+def test_mistakes_in_addresses(tmp_path: Path) -> None:
+    """Guards: the words of a library instead of what to change."""
+
+    def told_of(address: str, kind: type[DsmoeError]) -> str:
+        return told(batch(tmp_path, sources=[Url(address)]), kind)
+
+    assert told_of("htps://a/b", UsageError).endswith("\ndid you mean https://?")
+    assert "use https://, s3://" in told_of("foo://a/b", UsageError)
+    assert told_of("http://[x/in.jsonl", FileError).startswith("the URL cannot be read: ")
+    with serving(Web()) as web:
+        assert "name each file instead of using *" in told_of(f"{web.url}/*.jsonl", FileError)
+
+
+def test_the_output_is_not_an_input(tmp_path: Path, memory: MemoryFileSystem) -> None:
+    """Guards: records as new requests, because a pattern matches the output from the second run on."""
+    memory.pipe("/dir/in.jsonl", CONTENT)
+    options = batch(tmp_path, sources=[Url("memory://dir/*.jsonl")], address=Url("memory://dir/out.jsonl"))
+    for _ in range(2):
+        run_batch(FakeEngine(), options)
+        assert texts(options) == WHOLE
+
+
+class _Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_during_a_download(tmp_path: Path, memory: MemoryFileSystem) -> None:
+    """Guards: a full disk here told as an error of the server."""
+    memory.pipe("/in.jsonl", CONTENT)
+    with pytest.raises(NoSpaceError, match="no space for a temporary copy"):
+        download(Url("memory://in.jsonl"), _Full(), tmp_path, ignore, threading.Event())
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +332,25 @@ def test_parquet_to_a_folder_of_another_system(tmp_path: Path) -> None:
     run_batch(FakeEngine(), options)
     assert [path.name for path in there.iterdir()] == ["out.parquet"]
     assert parquet.read_table(there / "out.parquet").num_rows == 12
+
+
+class _Keeping(MemoryFileSystem):  # type: ignore[misc]
+    """A store whose rename silently keeps an existing file."""
+
+    protocol = "keeping"
+
+    def mv(self, path1: str, path2: str, *args: Any, **options: Any) -> None:
+        if not self.exists(path2):
+            super().mv(path1, path2, *args, **options)
+
+
+def test_an_existing_file_that_is_kept(tmp_path: Path, memory: MemoryFileSystem) -> None:
+    """Guards: an old file of the same size taken for the output."""
+    fsspec.register_implementation("keeping", _Keeping, clobber=True)
+    options = batch(tmp_path, *LINES, address=Url("keeping://dir/out.jsonl"))
+    run_batch(FakeEngine(), options)
+    memory.pipe("/dir/out.jsonl", b"x" * options.out.stat().st_size)
+    assert "an existing file could not be replaced" in told(options)
 
 
 class _Losing(MemoryFileSystem):  # type: ignore[misc]
