@@ -75,7 +75,8 @@ def write_rows(
             remedy="name the column with the prompt: --template '{column}'",
         )
     source.seek(0)
-    if not source.read(len(_MAGIC)).startswith(_MAGICS):
+    beginning = source.read(len(_MAGIC))
+    if beginning and beginning not in _MAGICS:
         raise FormatError(
             "the file is not a Parquet file, although its name says so",
             where=shown,

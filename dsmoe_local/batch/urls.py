@@ -208,12 +208,12 @@ def _file_system(url: Url) -> tuple[Any, str]:
     """Return the file system of a URL, and the path there. Raises UsageError, MissingExtraError."""
     try:
         from fsspec.core import url_to_fs
-        from fsspec.registry import available_protocols, known_implementations
+        from fsspec.registry import known_implementations, registry
     except ImportError as error:
         raise MissingExtraError("urls", "fsspec", f"{url.protocol}:// URLs") from error
-    known = available_protocols()
+    known = (*known_implementations, *registry)
     if url.protocol not in known:
-        near = difflib.get_close_matches(url.protocol, ("https", *known), n=1)
+        near = difflib.get_close_matches(url.protocol, known, n=1)
         raise UsageError(
             f"{url.protocol}:// is not a known kind of URL",
             where=str(url),
