@@ -10,6 +10,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import CallDelta, FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Choice, Delta, Reply
+from dsmoe_local.protocol.values import missing
 from dsmoe_local.protocol.writers import Event
 
 _REFUSED = {
@@ -45,6 +46,8 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(body.get("max_tokens"), int):
         raise RequestError("max_tokens is missing", remedy="set it to a number of tokens", param="max_tokens")
     messages = body.get("messages")
+    if messages is None:
+        raise missing("messages", body)
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages", param="messages")
     translated = {"system", "messages", "stop_sequences", "thinking", "tools", "tool_choice", "output_config"}

@@ -10,6 +10,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Delta, Reply
+from dsmoe_local.protocol.values import missing
 from dsmoe_local.protocol.writers import Event
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
@@ -67,6 +68,8 @@ def _object(key: str, value: object) -> dict[str, Any]:
 
 def _messages(body: Mapping[str, Any]) -> list[object]:
     given = body.get("input")
+    if given is None:
+        raise missing("input", body)
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:

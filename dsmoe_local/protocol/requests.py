@@ -11,6 +11,7 @@ from dsmoe_local.engine.types import Request, SamplingParameters
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL, NEUTRAL_IN, TOOL_FIELDS, Parts
 from dsmoe_local.protocol.tools import offered_tools
+from dsmoe_local.protocol.values import missing
 
 ENDPOINTS: Mapping[str, bool] = {"/v1/chat/completions": True, "/v1/completions": False}
 """By URL: True if the body has messages, False if it has a prompt."""
@@ -78,8 +79,10 @@ def check_endpoint(url: str, body: Mapping[str, Any]) -> bool:
     """
     chat = ENDPOINTS[url]
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
-    if body.get(wanted) is None or body.get(other) is not None:
+    if body.get(other) is not None:
         raise RequestError(f"{url} takes {wanted}, not {other}", param=wanted)
+    if body.get(wanted) is None:
+        raise missing(wanted, body)
     return chat
 
 

@@ -1,12 +1,15 @@
 """Check and convert the JSON values of fields.
 
-Each function takes the name of the field, which its messages show, and raises RequestError.
+Each function takes the name of the field, which its messages show, and raises or returns RequestError.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Mapping
 
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.errors import RequestError
 
 
@@ -15,6 +18,14 @@ def text(key: str, value: object) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{key} is not text", param=key)
     return value
+
+
+def missing(key: str, body: Mapping[str, object]) -> RequestError:
+    """Return the error for a body without a field, with the field that may be a misspelling of it."""
+    near = difflib.get_close_matches(key, body, n=1)
+    found = near and near[0] != key
+    remedy = f"the body has {safe_line(near[0], 40)!r}: did you mean {key}?" if found else "set it"
+    return RequestError(f"{key} is missing", remedy=remedy, param=key)
 
 
 def integer(key: str, value: object) -> int:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.strict_json import strict_object
 from dsmoe_local.serve.errors import ServeError, too_slow
@@ -22,10 +23,14 @@ _MAX_DROPPED = 64 << 20  # bytes
 
 async def read_object(request: Request, options: ServeOptions) -> dict[str, Any]:
     """Return the JSON object in the body. Raises ServeError, RequestError, ClientDisconnect."""
-    if "json" not in request.headers.get("content-type", "json").lower():
-        # A web page can send other types to another site without asking that site first.
+    content_type = request.headers.get("content-type", "json")
+    if "json" not in content_type.lower():
         raise ServeError(
-            415, "not_json", "the body is not JSON", remedy="send it with content-type: application/json"
+            415,
+            "not_json",
+            f"the content-type is {safe_line(content_type, 60)!r}, which web pages of any site can send",
+            remedy="send the header content-type: application/json "
+            "(curl: -H 'content-type: application/json')",
         )
     raw = await _read(request, options)
     if not raw.strip():

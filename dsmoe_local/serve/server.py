@@ -84,7 +84,8 @@ async def serve(
         server.should_exit = True
         loop.call_later(options.grace, state.end_all)
         if state.n_active:
-            log(f"shutting down: waiting up to {options.grace:g} s for {state.n_active} replies")
+            replies = "1 reply" if state.n_active == 1 else f"{state.n_active} replies"
+            log(f"shutting down: waiting up to {options.grace:g} s for {replies}; Ctrl-C again ends at once")
 
     with _signals_calling(stop):
         started(stop)

@@ -231,7 +231,7 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
         (completion({"continue_final_message": True}), "last message does not have the role assistant"),
         (chat({"temprature": 1}), "unknown field 'temprature'"),
         (chat({"prompt": "a"}), "takes messages, not prompt"),
-        (completion({"prompt": None}), "takes prompt"),
+        (completion({"prompt": None}), "prompt is missing"),
         (completion({"prompt": ["a", "b"]}), "list of 2 prompts"),
         (completion({}) | {"url": "/v1/embeddings"}, "/v1/embeddings"),
         (completion({}) | {"method": "GET"}, "method"),

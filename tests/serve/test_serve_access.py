@@ -138,6 +138,14 @@ def test_cors(chosen: str, shown: str) -> None:
         assert other.status == (401 if chosen == "*" else 403)
 
 
+def test_json_with_another_content_type(server: Serving) -> None:
+    """Guards: `curl -d` told that its body is not JSON, without the header that it has to send."""
+    answer = server.send("/v1/completions", {"prompt": "a"}, content_type="application/x-www-form-urlencoded")
+    assert answer.status == 415
+    assert "'application/x-www-form-urlencoded'" in answer.error["message"]
+    assert "-H 'content-type: application/json'" in answer.error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "method", "headers", "status"),
     [

@@ -50,6 +50,7 @@ def test_running_replies_are_finished() -> None:
                     server.connect().close()
                 except (ConnectionRefusedError, ConnectionResetError):
                     break
+            assert server.log[-1].endswith("waiting up to 60 s for 1 reply; Ctrl-C again ends at once")
             gate.open()
             assert b"[DONE]" in file.read()
         server.thread.join(60)

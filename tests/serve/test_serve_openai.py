@@ -237,6 +237,23 @@ def test_refusals(client: OpenAI, change: dict[str, Any], param: str, message: s
     assert (refusal.value.type, refusal.value.param) == ("invalid_request_error", param)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"mesages": HELLO}, "'mesages': did you mean messages?"),
+        ("/v1/completions", {"promt": "a"}, "'promt': did you mean prompt?"),
+        ("/v1/completions", {}, "prompt is missing; set it"),
+        ("/v1/messages", {"max_tokens": 1, "message": HELLO}, "'message': did you mean messages?"),
+        ("/v1/responses", {"inputs": "a"}, "'inputs': did you mean input?"),
+    ],
+)
+def test_a_misspelled_field(server: Serving, path: str, body: dict[str, Any], message: str) -> None:
+    """Guards: a body without messages that is told not to have a prompt, which it has not."""
+    answer = server.send(path, body)
+    assert answer.status == 400
+    assert message in answer.json["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_beyond_the_context(client: OpenAI, stream: bool) -> None:
     """Guards: a prompt that is cut in silence; a message without the numbers, or with advice that fails."""
