@@ -73,7 +73,7 @@ def build_wheel(python: Path, folder: Path, requirement: str, cmake_args: str) -
     found = sorted(folder.glob("llama_cpp_python-*.whl"))
     if found:
         return found[-1]
-    say("compiling llama-cpp-python for this processor (once; a few minutes)")
+    say("step 2 of 3: compiling llama-cpp-python for this processor (once; it takes a few minutes)")
     building = folder.with_name(f"{folder.name}.{os.getpid()}")
     building.mkdir(parents=True, exist_ok=True)
     # pip's own cache ignores CMAKE_ARGS: it returns a wheel that was built with other options.
@@ -94,7 +94,7 @@ def build_wheel(python: Path, folder: Path, requirement: str, cmake_args: str) -
 
 def create(venv: Path) -> Path:
     """Create an empty environment in place of an old one, finished or not. Return its interpreter."""
-    say(f"creating {venv} with Python {platform.python_version()}")
+    say(f"step 1 of 3: creating {venv} with Python {platform.python_version()}")
     subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
     return venv / "bin" / "python"
 
@@ -126,7 +126,7 @@ def main() -> int:
     cmake_args = " ".join(filter(None, (base_args, os.environ.get("CMAKE_ARGS"))))
     requirement = llama_requirement()
     wheel = build_wheel(python, wheel_folder(options.cache, requirement, cmake_args), requirement, cmake_args)
-    say("installing the packages")
+    say("step 3 of 3: downloading and installing the packages (it takes a few minutes)")
     install = [python, "-m", "pip", "install", "--quiet", wheel]
     if beside:
         subprocess.run([*install, "--no-deps"], check=True)
@@ -145,3 +145,6 @@ if __name__ == "__main__":
     except subprocess.CalledProcessError as error:
         say(f"failed with exit status {error.returncode}: {' '.join(map(str, error.cmd))}")
         sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted: run the same command again to continue")
+        sys.exit(130)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, check_pickle, read_index
 from dsmoe_convert.errors import HubError
 from dsmoe_convert.shards import StoredTensor
-from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.config_json import FILE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -68,12 +69,20 @@ def is_repository(text: str) -> bool:
 def locate(source: str) -> Path | None:
     """Return the local folder that `source` names; None if it is a repository id.
 
-    Raises UsageError otherwise.
+    Raises FileError for a folder without a checkpoint, UsageError for anything else.
     """
     path = Path(source)
     with suppress(RuntimeError):  # ~NAME of an unknown user
         path = path.expanduser()
     if path.is_dir():
+        if not (path / FILE_NAME).exists():
+            is_gguf = any(path.glob("*.gguf"))
+            raise FileError(
+                f"{safe_line(source, 60)} is not a checkpoint: it has no {FILE_NAME}",
+                remedy="it has GGUF files: to quantize one, use dsmoe-quantize"
+                if is_gguf
+                else f"name the folder with {FILE_NAME} and the weights",
+            )
         return path
     if path.exists():
         raise UsageError(

@@ -56,7 +56,8 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+            others = [(name, f"The same as {command}.") for name, command in ALIASES.items()]
+            formatter.write_dl([*((name, entry.summary) for name, entry in COMMANDS.items()), *others])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

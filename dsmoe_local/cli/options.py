@@ -6,12 +6,15 @@ config file, `command` writes the help page and `config` shows the values in for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from dsmoe_local.base.text import safe_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,6 +110,15 @@ class Option(click.Option):
             extra["default"] = self.default_words
         return extra
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:  # noqa: ANN401 - a raw value
+        """Convert and check a value. The error for a text in place of a number says what to write."""
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            if isinstance(self.type, click.types.IntParamType) and "valid integer" in error.message:
+                error.message = _not_a_number(str(value))
+            raise
+
     def value_from_envvar(self, ctx: click.Context) -> Any:  # noqa: ANN401 - a raw value
         """Return the variable's value; of an option that may be repeated, each line is a value."""
         text = self.resolve_envvar_value(ctx)
@@ -114,6 +126,12 @@ class Option(click.Option):
             # click splits at every space, but texts and paths contain spaces.
             return text.split("\n")
         return super().value_from_envvar(ctx)
+
+
+def _not_a_number(text: str) -> str:
+    thousands = re.fullmatch(r"(\d{1,6})k", text.strip().lower())
+    remedy = f": write {1024 * int(thousands[1])}" if thousands else ""
+    return f"{safe_line(text, 40)!r} is not a whole number{remedy}"
 
 
 def variable(key: str) -> str:

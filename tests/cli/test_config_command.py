@@ -44,7 +44,7 @@ def test_config_shows_what_chat_gets(
     }
     assert table["top-k"]["where"] == f"{config_path()}: [presets.p] top-k"
     assert table["seed"]["where"] == "DSMOE_SEED"
-    assert "not a valid integer" in table["batch-size"]["error"]
+    assert "'many' is not a whole number" in table["batch-size"]["error"]
     monkeypatch.delenv("DSMOE_BATCH_SIZE")
     chat()
     for option in configurable(load_command("chat")):

@@ -53,6 +53,20 @@ def test_default_output(arguments: tuple[str, ...], name: str, checkpoint: Path)
     assert read_model(checkpoint.parent / name)[1].name == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("model.gguf", "to quantize one, use dsmoe-quantize"), ("a.txt", "name the folder with config.json")],
+)
+def test_a_folder_without_a_checkpoint(
+    file: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: "cannot read config.json" for the wrong folder, or a folder of GGUF files."""
+    (tmp_path / file).touch()
+    said = complaint(capsys, "convert", str(tmp_path))
+    assert "is not a checkpoint: it has no config.json" in said
+    assert told in said
+
+
 @pytest.mark.parametrize("source", [".", "../tiny", "sub/..", "link", "./"])
 def test_a_dry_run_names_what_a_run_writes(
     source: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

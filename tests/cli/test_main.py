@@ -62,6 +62,7 @@ def test_no_command_shows_the_whole_help() -> None:
     assert done.returncode == 2
     assert "Commands:" in done.stderr
     assert "quantize" in done.stderr
+    assert "The same as chat." in done.stderr
     assert "error" not in done.stderr
 
 

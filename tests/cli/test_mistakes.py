@@ -60,6 +60,14 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ["--ray and --rpc are both given", "leave one of them out"],
         ),
         (
+            ("plan", "x", "-c", "16k"),
+            ["Invalid value for '-c' / '--ctx-size': '16k' is not a whole number: write 16384"],
+        ),
+        (
+            ("chat", "x", "-c", "much"),
+            ["Invalid value for '-c' / '--ctx-size': 'much' is not a whole number"],
+        ),
+        (
             ("chat", "-p", "x", "--preset", "calm"),
             ["there is no preset 'calm'", "", "/set save NAME in a chat"],
         ),
