@@ -26,6 +26,21 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _CHECKSUM = 9  # bytes before the entry in a journal's line: the checksum and a space
 
 
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The errors of a disk without space."""
+# ENOENT: in /proc and similar file systems, files cannot be made.
+_FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
+
+
+def writing_remedy(error: OSError) -> str:
+    """Return what to do if an output cannot be written; empty if that is not known."""
+    if error.errno in DISK_FULL:
+        return "free some space, then run the same command to continue"
+    if error.errno == errno.ENAMETOOLONG:
+        return "use a shorter name"
+    return "name an output in a folder that you may write to" if error.errno in _FOLDER_ERRORS else ""
+
+
 def sync(descriptor: int) -> None:
     """Sync a file's content to the disk. An error is fatal: the kernel may have dropped dirty pages."""
     if sys.platform == "darwin":
@@ -153,11 +168,15 @@ def require_space(
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock for writing `output`.
 
-    Raises LockedError, which names the lock file, if another run holds it.
+    Raises LockedError, which names the lock file, if another run holds it. OSError, which names `output`, if
+    nothing can be written beside it.
     """
     path = output.with_name(f".{output.name}.lock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(output)) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ CREATE TABLE line (
     prefixes BLOB, cost INTEGER,
     record INTEGER
 );
-CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB);
+CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB, failure TEXT);
 CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER, shared INTEGER);
 BEGIN;
 """
@@ -58,6 +58,11 @@ SELECT line.number, offset, length FROM record JOIN line ON line.id = record.id 
 ) ORDER BY position LIMIT 1
 """
 _FOREIGN = "SELECT count(*) FROM record WHERE NOT EXISTS (SELECT 1 FROM line WHERE line.id = record.id)"
+# Lines that were corrected, and got another id, no longer count as failed.
+_FAILURES = """
+SELECT failure, count(*) FROM line JOIN record ON record.number = line.record
+WHERE failure != '' GROUP BY failure
+"""
 # The lines that have a record come first, and their records are in the same order.
 _IN_ORDER = """
 SELECT NOT EXISTS (
@@ -88,12 +93,13 @@ class Resumed:
     """How the records of earlier runs relate to the input.
 
     `changed_line` is the place of a line that has changed since its record was written, if there is one.
-    `n_foreign` records have no line in the input. `in_order`: the records are those of the input's first
-    lines, in the order of the input.
+    `n_foreign` records have no line in the input. `failures` counts the lines whose record has no reply, by
+    kind. `in_order`: the records are those of the input's first lines, in the order of the input.
     """
 
     changed_line: Span | None
     n_foreign: int
+    failures: Mapping[str, int]
     in_order: bool
 
 
@@ -151,22 +157,25 @@ class Index:
         for (id_hash,) in self._rows(_REPEATED):
             yield (Span(*row) for row in self._rows(_LINES_OF, id_hash))
 
-    def add_record(self, key: Key) -> None:
-        """Append a record of an earlier run. `resume` must follow the last one."""
-        self._buffer.append(_blobs(key))
+    def add_record(self, key: Key, failure: str = "") -> None:
+        """Append a record of an earlier run, with its kind of failure if it has no reply.
+
+        `resume` must follow the last one.
+        """
+        self._buffer.append((*_blobs(key), failure))
         if len(self._buffer) == _BUFFERED:
-            self._insert("INSERT INTO record (id, content) VALUES (?, ?)")
+            self._insert("INSERT INTO record (id, content, failure) VALUES (?, ?, ?)")
 
     def resume(self) -> Resumed:
         """End the list of records and mark the lines that have one."""
-        self._insert("INSERT INTO record (id, content) VALUES (?, ?)")
+        self._insert("INSERT INTO record (id, content, failure) VALUES (?, ?, ?)")
         self._execute(
             "UPDATE line SET record = record.number FROM record"
             " WHERE record.id = line.id AND record.content = line.content"
         )
         changed = next((Span(*row) for row in self._rows(_CHANGED)), None)
         n_foreign, in_order = (value for query in (_FOREIGN, _IN_ORDER) for (value,) in self._rows(query))
-        return Resumed(changed, n_foreign, bool(in_order))
+        return Resumed(changed, n_foreign, dict(self._rows(_FAILURES)), bool(in_order))
 
     def plan(self, *, ordered: bool) -> Plan:
         """Put the lines without a record in order, for `entry`; `ordered`: in the order of the input."""

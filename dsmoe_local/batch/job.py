@@ -17,7 +17,7 @@ from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.inputs import STDIN, opened
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
-from dsmoe_local.batch.output import Output
+from dsmoe_local.batch.output import Output, naming_errors
 from dsmoe_local.batch.parquet_input import needs_pyarrow
 from dsmoe_local.batch.parquet_output import mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
@@ -228,7 +228,8 @@ def prepared(
         # The journal and the lock belong to the file that the link points to.
         options = replace(options, out=options.out.resolve())
     with ExitStack() as stack:
-        stack.enter_context(durable.locked(options.out))
+        with naming_errors(options.out):
+            stack.enter_context(durable.locked(options.out))
         spool = stack.enter_context(spooled(options.out, stop)) if STDIN in options.sources else None
         sources = stack.enter_context(
             opened(
@@ -245,11 +246,9 @@ def prepared(
         summary = BatchSummary(n_requests=len(index))
 
         def visit(key: Key, failure: str) -> None:
-            index.add_record(key)
+            index.add_record(key, failure)
             summary.n_records += 1
             summary.n_resumed += 1
-            if failure:
-                summary.failures[failure] += 1
 
         output = stack.enter_context(
             Output(options.out, _settings(options), visit, names=options.names, restart=options.restart)
@@ -280,6 +279,7 @@ def _resume(
             where=options.out,
             remedy="run each batch in a folder of its own, or start over: --restart",
         )
+    summary.failures.update(resumed.failures)
     listen(Note(f"{count(summary.n_resumed, 'record')} from earlier runs"))
     if resumed.n_foreign:
         listen(Note(f"{count(resumed.n_foreign, 'record')} for lines that are no longer in the input"))

@@ -11,7 +11,6 @@ incomplete. `open` truncates both files after the last whole record; any other d
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,7 +135,7 @@ class Output:
         self._files = files = _OpenFiles(
             os.open(self.path, flags), os.open(journal_path(self.path), flags), extent
         )
-        with _naming_errors(self.path):
+        with naming_errors(self.path):
             _truncate(files.output, extent.output)
             # What a killed run wrote may only be in the page cache. The journal is truncated after this sync:
             # it must explain every byte that the output may have after a power failure.
@@ -152,7 +151,7 @@ class Output:
         files = self._files
         if files is None:
             raise ValueError("the output is not open")
-        with _naming_errors(self.path):
+        with naming_errors(self.path):
             try:
                 _write_group(files, records)
             except OSError:
@@ -168,7 +167,7 @@ class Output:
             return
         try:
             if files.needs_sync:
-                with _naming_errors(self.path):
+                with naming_errors(self.path):
                     durable.sync(files.journal)
         finally:
             os.close(files.output)
@@ -219,13 +218,17 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 @contextmanager
-def _naming_errors(out: Path) -> Iterator[None]:
-    """Raise OSError as FileError or NoSpaceError with the path."""
+def naming_errors(out: Path) -> Iterator[None]:
+    """Raise OSError as FileError or NoSpaceError with the path and what to do."""
     try:
         yield
     except OSError as error:
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
-        raise kind(f"the output cannot be written: {error.strerror}", where=out) from error
+        kind = NoSpaceError if error.errno in durable.DISK_FULL else FileError
+        raise kind(
+            f"the output cannot be written: {error.strerror or error}",
+            where=out,
+            remedy=durable.writing_remedy(error),
+        ) from error
 
 
 def _shown(settings: Settings, name: str) -> str:

@@ -5,7 +5,6 @@ The records of `--format simple` become rows, in their order. A request with n >
 
 from __future__ import annotations
 
-import errno
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError
+from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.batch.output import naming_errors
 from dsmoe_local.batch.parquet_input import needs_pyarrow
 
 if TYPE_CHECKING:
@@ -91,24 +91,20 @@ def write_parquet(
     schema = schema_of(keep, mark)
     temporary = final.with_name(f".{final.name}.part")
     listen(Started(f"writing {final.name}", records.stat().st_size))
-    try:
-        with ExitStack() as stack:
-            stack.callback(temporary.unlink, missing_ok=True)
-            file = stack.enter_context(temporary.open("wb"))
-            n_rows = 0
-            with parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-                for group in _groups(records, schema, keep, listen, stop):
-                    writer.write_table(group)
-                    n_rows += group.num_rows
-            file.flush()
-            durable.sync(file.fileno())
-            _verify(temporary, n_rows)
-            reach("parquet.verified")
-            durable.replace(temporary, final)
-            reach("parquet.renamed")
-    except OSError as error:
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
-        raise kind(f"the output cannot be written: {error.strerror or error}", where=final) from error
+    with naming_errors(final), ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        file = stack.enter_context(temporary.open("wb"))
+        n_rows = 0
+        with parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in _groups(records, schema, keep, listen, stop):
+                writer.write_table(group)
+                n_rows += group.num_rows
+        file.flush()
+        durable.sync(file.fileno())
+        _verify(temporary, n_rows)
+        reach("parquet.verified")
+        durable.replace(temporary, final)
+        reach("parquet.renamed")
     listen(Finished(f"writing {final.name}"))
 
 

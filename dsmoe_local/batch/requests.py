@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from dsmoe_local.protocol.requests import (
 
 ENVELOPE = frozenset({"method", "url", "body"})
 _IDS = frozenset({"id", "custom_id"})
+_PROMPTS = frozenset({"prompt", "messages"})
 
 
 def request_of(line: Line, defaults: RequestDefaults) -> Request:
@@ -28,7 +30,7 @@ def request_of(line: Line, defaults: RequestDefaults) -> Request:
         raise line.error
     body, chat = _envelope(line.values) if "body" in line.values else _short(line.values)
     if unknown := unknown_fields(body):
-        raise RequestError(f"unknown field {safe_line(unknown[0], 40)!r}")
+        raise RequestError(f"unknown field {safe_line(unknown[0], 40)!r}", remedy=_near(unknown[0], KNOWN))
     return read_request(line.id, body, defaults, chat=chat)
 
 
@@ -69,10 +71,18 @@ def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 
 def _short(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     chat = values.get("messages") is not None
-    if chat == (values.get("prompt") is not None):
+    prompt = values.get("prompt") is not None
+    if chat and prompt:
+        raise RequestError("a line takes a prompt or messages, not both")
+    if not chat and not prompt:
+        unknown = [name for name in unknown_fields(values) if _near(name, _PROMPTS)]
         raise RequestError(
-            "a line takes a prompt or messages, not both"
-            if chat
-            else "the line has no prompt and no messages"
+            "the line has no prompt and no messages", remedy=_near(unknown[0], _PROMPTS) if unknown else ""
         )
     return values, chat
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    """Ask whether another field was meant; empty if no known field is similar."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""

@@ -54,8 +54,8 @@ class BatchSummary:
     """What a batch has done.
 
     `n_records` counts the synced records; `n_resumed` of them are from earlier runs. `failures` counts the
-    records without a reply, by kind. Token counts and seconds are those of this run. `workers` are those of a
-    cluster, by name.
+    lines of the input whose record has no reply, by kind. Token counts and seconds are those of this run.
+    `workers` are those of a cluster, by name.
     """
 
     n_requests: int = 0
@@ -70,7 +70,7 @@ class BatchSummary:
 
     @property
     def n_failed(self) -> int:
-        """Records without a reply."""
+        """Lines whose record has no reply."""
         return self.failures.total()
 
     def count_tokens(self, outcome: Outcome) -> None:

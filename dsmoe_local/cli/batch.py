@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dsmoe_local.batch.summary import BatchSummary
     from dsmoe_local.engine.types import ModelOptions
 
+_NOT_WRITTEN = frozenset({".csv", ".tsv", ".xls", ".xlsx"})
 _LEAST_DETERMINISTIC = 2  # llama.cpp uses other kernels for one sequence than for several
 # The options that replies depend on. With --deterministic they also depend on the context, the threads and
 # the devices; those are recorded as they are once the model is loaded.
@@ -177,6 +178,7 @@ def command(
     from dsmoe_local.batch.run import run
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
+    _check_format(values["out"])
     ray = take_ray_options(values)
     model = find_model(named_model=named_model)
     if deterministic:
@@ -200,6 +202,17 @@ def command(
             run_with_progress(job.finish, stop)
     _show(job.summary, as_json)
     return 1 if job.summary.n_failed else 0
+
+
+def _check_format(out: Path | Url) -> None:
+    """UsageError if the name of the output asks for a form that records do not have."""
+    name = Path(out.name)
+    if name.suffix.lower() in _NOT_WRITTEN:
+        raise UsageError(
+            f"records cannot be written as {name.suffix}",
+            where=str(out),
+            remedy=f"name {name.stem}.jsonl, or {name.stem}.parquet for a table",
+        )
 
 
 def _check_outputs(model: Path, options: BatchOptions, log_file: Path | None) -> None:

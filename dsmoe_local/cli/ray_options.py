@@ -33,6 +33,8 @@ _OTHERS = ("ray_workers", "ray_gpus", "ray_memory", "ship_model")
 def _address(text: str) -> str:
     """Read the address of a cluster."""
     if not _ADDRESS.fullmatch(text):
+        if Path(text).exists():
+            raise ValueError(f"{text!r} is a file: write --ray=auto, or --ray as the last word")
         raise ValueError(f"{text!r} is not the address of a Ray cluster: local, auto, or HOST:PORT")
     return text
 

@@ -32,6 +32,29 @@ def test_same_file_sees_through_links(tmp_path: Path) -> None:
     assert not durable.same_file(file, tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space, then run the same command to continue"),
+        (errno.EDQUOT, "free some space, then run the same command to continue"),
+        (errno.EROFS, "name an output in a folder that you may write to"),
+        (errno.EACCES, "name an output in a folder that you may write to"),
+        (errno.EIO, ""),
+    ],
+)
+def test_what_to_do_if_an_output_cannot_be_written(number: int, remedy: str) -> None:
+    """Guards: an error of the system without advice."""
+    assert durable.writing_remedy(OSError(number, "")) == remedy
+
+
+def test_an_error_of_the_lock_names_the_output(tmp_path: Path) -> None:
+    """Guards: the name of the lock file, which users do not know, in a message."""
+    output = tmp_path / "missing" / "out"
+    with pytest.raises(FileNotFoundError) as caught, durable.locked(output):
+        pass
+    assert caught.value.filename == str(output)
+
+
 def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a full disk costing the file that was there."""
     path = tmp_path / "a"

@@ -49,7 +49,7 @@ def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sources, "key_of", lambda name, raw, values, kept: Key(7, hash64(name.encode())))
     with closing(build(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})) as index:
         index.add_record(Key(7, hash64(b"b")))
-        assert index.resume() == Resumed(None, 0, in_order=False)
+        assert index.resume() == Resumed(None, 0, {}, in_order=False)
         assert planned(index, ordered=True) == [0]
 
 
@@ -134,12 +134,12 @@ def planned(index: Index, *, ordered: bool = False) -> list[int]:
 @pytest.mark.parametrize(
     ("keys", "expected", "left"),
     [
-        ([], Resumed(None, 0, in_order=True), [0, 1, 2, 3]),
-        ([0, 1], Resumed(None, 0, in_order=True), [2, 3]),
-        ([0, 1, 2, 3], Resumed(None, 0, in_order=True), []),
-        ([1], Resumed(None, 0, in_order=False), [0, 2, 3]),
-        ([1, 0], Resumed(None, 0, in_order=False), [2, 3]),
-        ([0, 9, 8, 1], Resumed(None, 2, in_order=True), [2, 3]),
+        ([], Resumed(None, 0, {}, in_order=True), [0, 1, 2, 3]),
+        ([0, 1], Resumed(None, 0, {}, in_order=True), [2, 3]),
+        ([0, 1, 2, 3], Resumed(None, 0, {}, in_order=True), []),
+        ([1], Resumed(None, 0, {}, in_order=False), [0, 2, 3]),
+        ([1, 0], Resumed(None, 0, {}, in_order=False), [2, 3]),
+        ([0, 9, 8, 1], Resumed(None, 2, {}, in_order=True), [2, 3]),
     ],
 )
 def test_resuming(keys: list[int], expected: Resumed, left: list[int]) -> None:

@@ -87,6 +87,38 @@ def test_why_lines_failed(tmp_path: Path) -> None:
     assert again.as_json()["n_failed"] == 5
 
 
+def test_a_corrected_line_has_not_failed(tmp_path: Path) -> None:
+    """Guards: an exit status of 1 for ever, because of a line that is no longer in the input."""
+    good = {"id": "b", "prompt": "y"}
+    run_batch(FakeEngine(), batch(tmp_path, '{"id": "a", "prompt": "x",}', good, "bad"))
+    summary = run_batch(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}, good, "bad"))
+    assert (summary.n_records, summary.failures) == (4, {"not_json": 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ({"prompt": "a", "max_token": 5}, "unknown field 'max_token'; did you mean max_tokens?"),
+        ({"prompt": "a", "xyzzy": 5}, "unknown field 'xyzzy'"),
+        ({"promt": "a"}, "the line has no prompt and no messages; did you mean prompt?"),
+        ({"message": []}, "the line has no prompt and no messages; did you mean messages?"),
+        ({"text": "a"}, "the line has no prompt and no messages"),
+    ],
+)
+def test_misspelled_fields(tmp_path: Path, line: dict[str, Any], told: str) -> None:
+    """Guards: a misspelling that the user has to find without help."""
+    found = answer(FakeEngine(), batch(tmp_path, {"prompt": "b"}, line))
+    assert by_id(found)["line-2"]["error"]["message"] == f"line 2: {told}"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, in which files cannot be made")
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    """Guards: a message that names the lock file, which the user does not know, and gives no advice."""
+    with pytest.raises(FileError, match="the output cannot be written") as refusal:
+        run_batch(FakeEngine(), batch(tmp_path, {"prompt": "a"}, out=Path("/proc/x.jsonl")))
+    assert str(refusal.value).endswith("\n/proc/x.jsonl\nname an output in a folder that you may write to")
+
+
 def test_numbers_and_nouns() -> None:
     """Guards: "1 records"; a list of reasons that fills the screen."""
     assert BatchSummary(n_records=1).in_words().startswith("1 record; 0.0 s: 0 tokens read")

@@ -52,6 +52,14 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ["Invalid value for '--ray': 'in.jsonl' is not the address of a Ray cluster: local, auto, or"],
         ),
         (
+            ("batch", "--ray", str(Path(__file__)), "-o", "out.jsonl"),
+            [f"Invalid value for '--ray': {str(Path(__file__))!r} is a file: write"],
+        ),
+        (
+            ("batch", "in.csv", "-o", "out.csv"),
+            ["records cannot be written as .csv", "out.csv", "name out.jsonl, or out.parquet for a table"],
+        ),
+        (
             ("batch", "in.jsonl", "-o", "out.jsonl", "--ray-workers", "2"),
             ["--ray-workers is for --ray", "add --ray, or --ray local"],
         ),

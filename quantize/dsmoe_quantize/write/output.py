@@ -6,7 +6,6 @@ synced, verified and renamed. Converter and quantizer both write through `write_
 
 from __future__ import annotations
 
-import errno
 import resource
 import sys
 import threading
@@ -38,8 +37,6 @@ from dsmoe_quantize.write.unfinished import (
 )
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,10 +251,9 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise NoSpaceError(
-                "the disk is full",
-                where=out.parent,
-                remedy="free some space, then run the same command to continue",
-            ) from error
-        raise FileError(f"cannot write the output: {error.strerror}", where=error.filename or out) from error
+        remedy = durable.writing_remedy(error)
+        if error.errno in durable.DISK_FULL:
+            raise NoSpaceError("the disk is full", where=out.parent, remedy=remedy) from error
+        raise FileError(
+            f"the output cannot be written: {error.strerror}", where=error.filename or out, remedy=remedy
+        ) from error
