@@ -116,7 +116,7 @@ class Option(click.Option):
             return super().type_cast_value(ctx, value)
         except click.BadParameter as error:
             if isinstance(self.type, click.types.IntParamType) and "valid integer" in error.message:
-                error.message = _not_a_number(str(value))
+                raise click.BadParameter(_not_a_number(str(value)), ctx, self) from error
             raise
 
     def value_from_envvar(self, ctx: click.Context) -> Any:  # noqa: ANN401 - a raw value

@@ -184,10 +184,11 @@ def test_a_gpu_of_this_machine_comes_before_workers() -> None:
 @pytest.mark.parametrize(
     ("rooms", "n_gpu_layers", "split", "n_cpu_moe", "fits"),
     [
-        ((20, 300), ALL_LAYERS, (0, 5), 0, False),
+        ((20, 300), ALL_LAYERS, (0, 5), 1, True),  # it fits only if experts stay behind
         ((31 + 111, 400), ALL_LAYERS, (2, 3), 0, True),
         ((31 + 11, 300), ALL_LAYERS, (2, 3), 1, True),  # those of the GPU of this machine may stay behind
-        ((20, 100), 3, (0, 3), 0, False),
+        ((20, 100), 3, (1, 2), 2, True),
+        ((0, 41), 3, (0, 3), 0, False),
         ((0, 20 + 111), None, (0, 2), 0, True),
     ],
 )
@@ -200,6 +201,16 @@ def test_layers_on_workers_keep_their_experts(
     held = dict(zip(chosen.devices, chosen.split, strict=True))
     assert tuple(held.get(device.name, 0) for device in devices) == split
     assert (chosen.n_cpu_moe, chosen.fits) == (n_cpu_moe, fits)
+
+
+def test_experts_stay_here_if_the_workers_have_no_room() -> None:
+    """Guards: 330 bytes sent to a worker of 50, which aborts, although the experts fit into main memory."""
+    worker = DeviceMemory("RPC0", 30 + 3 * 10 + 20 + 4, worker="host:1")
+    chosen = place(MOE, [worker], PlacementOptions(ALL_LAYERS, main_memory=400), cache=1, compute={})
+    assert (chosen.fits, chosen.split, chosen.n_separated) == (True, (5,), 3)
+    assert chosen.host.weights == MOE.embedding + 300
+    whole = place(MOE, [worker], PlacementOptions(main_memory=400), cache=1, compute={})
+    assert (whole.fits, whole.n_separated) == (True, 0)
 
 
 def test_several_devices_are_filled_in_turn() -> None:

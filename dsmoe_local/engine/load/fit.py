@@ -13,7 +13,7 @@ from functools import partial
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import OutOfMemoryError
 from dsmoe_local.engine.load.machine import available_memory
@@ -133,6 +133,8 @@ def fit_model(
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())
+    if placement.n_separated and options.n_cpu_moe is None:
+        notes.append(_separation(placement.n_separated))
     if workers and options.n_gpu_layers is None and not any(share.worker for share in placement.shares):
         notes.append("the workers are not used: the model fits here. -ngl all places all layers on them")
     notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
@@ -301,6 +303,14 @@ def _paged(
     if plan.paged or n_weights + n_cache + PROCESS_BYTES <= available:
         return plan.paged, []
     return True, [paging_note(n_weights, n_cache, available)]
+
+
+def _separation(n_layers: int) -> str:
+    return (
+        f"the workers have no room for the routed experts of {count(n_layers, 'layer')}, which stay here: "
+        "each of these costs two round trips per token. Without -ngl, or with fewer layers, all stay whole; "
+        "--n-cpu-moe N chooses which do not"
+    )
 
 
 def _overcommitment(placement: Placement, devices: Sequence[DeviceMemory]) -> list[str]:

@@ -82,7 +82,10 @@ class WeightSizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """The layers, and the bytes of weights and KV cache, on one device."""
+    """The layers, and the bytes of weights and KV cache, on one device.
+
+    The routed experts of `n_without_experts` of these layers are in main memory.
+    """
 
     name: str
     n_layers: int
@@ -90,6 +93,7 @@ class DeviceShare:
     cache: int
     has_output: bool = False
     worker: str = ""
+    n_without_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,14 @@ class Placement:
     shares: tuple[DeviceShare, ...]
     host: DeviceShare
     fits: bool = True
+
+    @property
+    def n_separated(self) -> int:
+        """Number of layers on workers whose routed experts are in this machine's memory.
+
+        Each of them costs two round trips per token. llama.cpp then also sends the graph again for each part.
+        """
+        return sum(share.n_without_experts for share in self.shares if share.worker)
 
     def compute_text(self) -> str:
         """Return the layers of each device as text. Without sizes, since those depend on the context."""
@@ -180,11 +192,18 @@ def place(
     devices = [_without_fixed(device, weights) for device in devices]
     whole = options.n_cpu_moe is None and any(device.worker for device in devices)
     candidates = list(_candidates(weights, options, whole)) if devices else [(0, 0)]
+    separated: Placement | None = None
     for n_gpu, n_cpu_moe in candidates:
         items = _items(weights, n_gpu, n_cpu_moe, cache if options.offload_cache else 0)
         split = _fill(items, devices, compute)
-        if split is not None and not (whole and _separates(weights, devices, n_gpu, n_cpu_moe, split)):
-            return _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
+        if split is None:
+            continue
+        placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
+        if not (whole and placement.n_separated):
+            return placement
+        separated = separated or placement
+    if separated is not None:
+        return separated
     # The user requested more than fits. The smallest candidate is split as llama.cpp would split it.
     n_gpu, n_cpu_moe = candidates[-1]
     n_cpu_moe = 0 if whole else n_cpu_moe
@@ -236,7 +255,10 @@ def _place_here_first(
 
 
 def _candidates(weights: WeightSizes, options: PlacementOptions, whole: bool) -> Iterable[tuple[int, int]]:
-    """Yield pairs of n_gpu_layers and n_cpu_moe, the best first. `whole`: layers keep their experts."""
+    """Yield pairs of n_gpu_layers and n_cpu_moe, the best first.
+
+    `whole`: layers keep their experts, unless `n_gpu_layers` of them do not fit.
+    """
     n_layers, n_parts = len(weights.layers), weights.n_parts
 
     def count(requested: int, most: int) -> int:
@@ -255,21 +277,6 @@ def _candidates(weights: WeightSizes, options: PlacementOptions, whole: bool) ->
             yield from ((n_gpu, n_cpu_moe) for n_cpu_moe in (0, *range(first + 1, n_layers + 1)))
         else:
             yield n_gpu, n_layers if any(weights.experts) and not whole else 0
-
-
-def _separates(
-    weights: WeightSizes, devices: Sequence[DeviceMemory], n_gpu: int, n_cpu_moe: int, split: Sequence[int]
-) -> bool:
-    """Return True if a worker gets a layer whose routed experts stay in main memory.
-
-    Each such layer costs two round trips per token. llama.cpp then also sends the graph again for each part.
-    """
-    position = weights.n_parts - n_gpu
-    for device, count in zip(devices, split, strict=True):
-        if device.worker and count and position < n_cpu_moe:
-            return True
-        position += count
-    return False
 
 
 def _items(weights: WeightSizes, n_gpu: int, n_cpu_moe: int, cache: int) -> list[int]:
@@ -332,7 +339,8 @@ def _placement(
         held += weights.output if has_output else 0
         n_used = sum(layer < weights.n_used for layer in layers)
         cached = cache * n_used if options.offload_cache else 0
-        shares.append(DeviceShare(device.name, n_used, held, cached, has_output, device.worker))
+        n_apart = sum(layer in moved for layer in layers)
+        shares.append(DeviceShare(device.name, n_used, held, cached, has_output, device.worker, n_apart))
         position += count
     n_host = min(first, weights.n_used)
     held = weights.embedding + weights.fixed.get(HOST, 0)
