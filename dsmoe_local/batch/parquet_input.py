@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -25,13 +25,15 @@ from dsmoe_local.protocol.strict_json import strict_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow import parquet
 
 SUFFIXES = (".parquet", ".pq")
 _MAGIC = b"PAR1"
 _MAGICS = (_MAGIC, b"PARE")  # plain; with an encrypted footer, which pyarrow's error explains
 _PAGE_BUFFER = 1 << 20
-# Rows that are decoded at once. A prompt may be long, and be stored once for many rows.
+# Rows that are decoded at once, and the bytes that they may take. A single row may take more.
 _ROWS = 64
+_DECODED_BYTES = 64 << 20
 _EXACT = 2**53  # floats below this are exact integers
 _PROMPTS = frozenset({"prompt", "messages", "body"})
 # Fields that are never text. Arrow cannot store all their values as structs: a text in them is JSON.
@@ -84,19 +86,12 @@ def write_rows(
         )
     with needs_pyarrow():
         import pyarrow as pa
-        from pyarrow import parquet
     n_rows = 0
     try:
-        file = parquet.ParquetFile(
-            source,
-            buffer_size=_PAGE_BUFFER,  # reads a column page by page, not as a whole
-            pre_buffer=False,
-            page_checksum_verification=True,
-            arrow_extensions_enabled=False,
-        )
+        file = _opened(source)
         columns = _columns(file.schema_arrow, form, shown)
         listen(Started("reading rows", file.metadata.num_rows, unit="rows"))
-        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+        for batch in _batches(source, file, columns):
             for row in _rows(batch.select(columns), n_rows, shown):
                 values = _as_json(_exact_row(row) if form.template else _request_row(row))
                 target.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
@@ -112,6 +107,42 @@ def write_rows(
         raise FormatError(f"the Parquet file cannot be read: {reason}", where=place) from error
     target.flush()
     listen(Finished("reading rows"))
+
+
+def _opened(source: BinaryIO, texts_as_dictionaries: Sequence[str] = ()) -> parquet.ParquetFile:
+    """Open a Parquet file. The columns `texts_as_dictionaries` are not decoded further than dictionaries."""
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(
+        source,
+        buffer_size=_PAGE_BUFFER,  # reads a column page by page, not as a whole
+        pre_buffer=False,
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+        read_dictionary=list(texts_as_dictionaries),
+    )
+
+
+def _batches(source: BinaryIO, file: parquet.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of all row groups, a few at a time."""
+    leaves = [file.schema.column(index) for index in range(len(file.schema))]
+    encoded = _opened(
+        source,
+        [
+            leaf.path
+            for leaf in leaves
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
+        ],
+    )
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        n_rows = _ROWS
+        if group.num_rows and group.total_byte_size > _DECODED_BYTES // _ROWS:
+            # A dictionary stores a long prompt once for many rows. This reads the dictionaries with one row.
+            first = next(encoded.iter_batches(1, [number], columns, use_threads=False))
+            n_bytes = first.get_total_buffer_size() + group.total_byte_size // group.num_rows
+            n_rows = min(max(1, _DECODED_BYTES // n_bytes), _ROWS)
+        yield from file.iter_batches(n_rows, [number], columns, use_threads=False)
 
 
 def _columns(schema: pa.Schema, form: InputForm, shown: str) -> list[str]:

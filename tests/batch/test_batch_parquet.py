@@ -42,6 +42,7 @@ from dsmoe_local.base.errors import (
     UsageError,
 )
 from dsmoe_local.base.progress import ignore
+from dsmoe_local.batch import parquet_input
 from dsmoe_local.batch.input_form import InputForm, parse_template
 from dsmoe_local.batch.inputs import opened
 from dsmoe_local.batch.lines import Line
@@ -389,3 +390,28 @@ def test_memory_of_a_large_row_group(tmp_path: Path, dictionary: bool) -> None:
     n_found, most = map(int, done.stdout.split())
     assert n_found == n_rows
     assert most < n_rows * n_bytes / 8
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_memory_of_long_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dictionary: bool, nested: bool
+) -> None:
+    """Guards: gigabytes for a file of some kilobytes, because 64 rows of any size are decoded at once."""
+    monkeypatch.setattr(parquet_input, "_DECODED_BYTES", 4 << 20)
+    prompts = ["x" * (1 << 20)] * 64
+    column = [[{"role": "user", "content": prompt}] for prompt in prompts] if nested else prompts
+    path = write_table(
+        tmp_path / "in.parquet",
+        pa.table({"messages" if nested else "prompt": column}),
+        use_dictionary=dictionary,
+        dictionary_pagesize_limit=64 << 20,
+    )
+    with path.open("rb") as source:
+        file = parquet_input._opened(source)
+        found = [
+            (batch.num_rows, batch.nbytes)
+            for batch in parquet_input._batches(source, file, file.schema_arrow.names)
+        ]
+    assert sum(n_rows for n_rows, _ in found) == 64
+    assert max(n_bytes for _, n_bytes in found) < 5 << 20
