@@ -48,10 +48,11 @@ CREATE TABLE line (
     prefixes BLOB, cost INTEGER,
     record INTEGER
 );
-CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB, failure TEXT);
+CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB, failure TEXT, n_bytes INTEGER);
 CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER, shared INTEGER);
 BEGIN;
 """
+_ADD_RECORD = "INSERT INTO record (id, content, failure, n_bytes) VALUES (?, ?, ?, ?)"
 _CHANGED = """
 SELECT line.number, offset, length FROM record JOIN line ON line.id = record.id WHERE NOT EXISTS (
     SELECT 1 FROM line AS same WHERE same.id = record.id AND same.content = record.content
@@ -80,6 +81,13 @@ _LEFT = "SELECT position, prefixes, length FROM line WHERE record IS NULL ORDER 
 _ENTRIES = """
 SELECT shared, number, offset, length, id, content FROM work JOIN line USING (position)
 WHERE task BETWEEN ? AND ? ORDER BY task
+"""
+# Where the records are in the output, in the order of the input; those without a line come last.
+_RECORDS = """
+SELECT offset, n_bytes FROM (
+    SELECT number, n_bytes, sum(n_bytes) OVER (ORDER BY number) - n_bytes AS offset FROM record
+) AS stored LEFT JOIN (SELECT position, record FROM line) AS own ON own.record = stored.number
+ORDER BY position IS NULL, position, number
 """
 # The hashes that several lines have, in the order of the first of these lines.
 _REPEATED = "SELECT id FROM line GROUP BY id HAVING count(*) > 1 ORDER BY min(position)"
@@ -157,18 +165,22 @@ class Index:
         for (id_hash,) in self._rows(_REPEATED):
             yield (Span(*row) for row in self._rows(_LINES_OF, id_hash))
 
-    def add_record(self, key: Key, failure: str = "") -> None:
-        """Append a record of an earlier run, with its kind of failure if it has no reply.
+    def forget_records(self) -> None:
+        """Remove all records, so that others can be added."""
+        self._execute("DELETE FROM record")
+
+    def add_record(self, key: Key, failure: str = "", n_bytes: int = 0) -> None:
+        """Append a record that is written, with its kind of failure if it has no reply, and its size.
 
         `resume` must follow the last one.
         """
-        self._buffer.append((*_blobs(key), failure))
+        self._buffer.append((*_blobs(key), failure, n_bytes))
         if len(self._buffer) == _BUFFERED:
-            self._insert("INSERT INTO record (id, content, failure) VALUES (?, ?, ?)")
+            self._insert(_ADD_RECORD)
 
     def resume(self) -> Resumed:
         """End the list of records and mark the lines that have one."""
-        self._insert("INSERT INTO record (id, content, failure) VALUES (?, ?, ?)")
+        self._insert(_ADD_RECORD)
         self._execute(
             "UPDATE line SET record = record.number FROM record"
             " WHERE record.id = line.id AND record.content = line.content"
@@ -176,6 +188,10 @@ class Index:
         changed = next((Span(*row) for row in self._rows(_CHANGED)), None)
         n_foreign, in_order = (value for query in (_FOREIGN, _IN_ORDER) for (value,) in self._rows(query))
         return Resumed(changed, n_foreign, dict(self._rows(_FAILURES)), bool(in_order))
+
+    def records(self) -> Iterator[tuple[int, int]]:
+        """Yield the offset and the size of each record, in the order of the input."""
+        yield from self._rows(_RECORDS)
 
     def plan(self, *, ordered: bool) -> Plan:
         """Put the lines without a record in order, for `entry`; `ordered`: in the order of the input."""

@@ -15,11 +15,11 @@ from dsmoe_local.base.text import count
 from dsmoe_local.batch.index import Index, Plan, build_index
 from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.inputs import STDIN, opened
-from dsmoe_local.batch.journal import journal_path
+from dsmoe_local.batch.journal import compare, journal_path
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.output import Output, naming_errors
 from dsmoe_local.batch.parquet_input import needs_pyarrow
-from dsmoe_local.batch.parquet_output import mark_of, write_parquet
+from dsmoe_local.batch.parquet_output import interrupted, mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
 from dsmoe_local.batch.requests import request_of
 from dsmoe_local.batch.sources import Sources, Span
@@ -122,11 +122,27 @@ class Job:
         if options.parquet:
             mark = self.output.fingerprint
             if not options.parquet.exists() or mark_of(options.parquet) != mark:
-                write_parquet(options.out, options.parquet, options.input.keep, mark, listen, stop)
+                records = self._records_in_order(stop)
+                write_parquet(options.out, records, options.parquet, options.input.keep, mark, listen, stop)
         if options.address:
             upload(options.parquet or options.out, options.address, listen, stop)
         if STDIN in options.sources:
             spool_path(options.out).unlink(missing_ok=True)
+
+    def _records_in_order(self, stop: threading.Event) -> Iterator[tuple[int, int]]:
+        """Return the offset and the size of each record in the output, in the order of the input."""
+        self.index.forget_records()
+        with self.options.out.open("rb") as output:
+            sizes = map(len, output)
+
+            def visit(key: Key, failure: str) -> None:
+                if stop.is_set():
+                    raise interrupted()
+                self.index.add_record(key, failure, next(sizes))
+
+            compare(self.options.out, visit)
+        self.index.resume()
+        return self.index.records()
 
 
 def request_for(line: Line, options: BatchOptions) -> Request:

@@ -139,9 +139,11 @@ def _batches(source: BinaryIO, file: parquet.ParquetFile, columns: Sequence[str]
         n_rows = _ROWS
         if group.num_rows and group.total_byte_size > _DECODED_BYTES // _ROWS:
             # A dictionary stores a long prompt once for many rows. This reads the dictionaries with one row.
-            first = next(encoded.iter_batches(1, [number], columns, use_threads=False))
-            n_bytes = first.get_total_buffer_size() + group.total_byte_size // group.num_rows
-            n_rows = min(max(1, _DECODED_BYTES // n_bytes), _ROWS)
+            n_bytes = group.total_byte_size // group.num_rows
+            for first in encoded.iter_batches(1, [number], columns, use_threads=False):
+                n_bytes += first.get_total_buffer_size()
+                break
+            n_rows = min(max(1, _DECODED_BYTES // max(1, n_bytes)), _ROWS)
         yield from file.iter_batches(n_rows, [number], columns, use_threads=False)
 
 

@@ -1,16 +1,17 @@
 """Write the records of a finished batch as a Parquet file. Needs pyarrow.
 
-The records of `--format simple` become rows, in their order. A request with n > 1 has a row for each reply.
+The records of `--format simple` become rows, in the order of the input. A request with n > 1 has a row for
+each reply.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError
@@ -79,12 +80,27 @@ def mark_of(path: Path) -> str | None:
     return None if mark is None else mark.decode("utf-8", "replace")
 
 
-def write_parquet(
-    records: Path, final: Path, keep: Sequence[str], mark: str, listen: Listener, stop: threading.Event
-) -> None:
-    """Write all `records` as the Parquet file `final`, which appears as a whole and replaces an existing one.
+def interrupted() -> InterruptedRunError:
+    """Return the error for a Parquet file that is not written to its end."""
+    return InterruptedRunError(
+        "interrupted: every record is written, but the Parquet file is not complete",
+        remedy="run the same command again to continue",
+    )
 
-    FileError or NoSpaceError if it cannot be written, InterruptedRunError.
+
+def write_parquet(
+    records: Path,
+    places: Iterable[tuple[int, int]],
+    final: Path,
+    keep: Sequence[str],
+    mark: str,
+    listen: Listener,
+    stop: threading.Event,
+) -> None:
+    """Write `records` as the Parquet file `final`, which appears as a whole and replaces an existing one.
+
+    `places` are the offset and the size of each record, in the order of the rows. FileError or NoSpaceError
+    if it cannot be written, InterruptedRunError.
     """
     from pyarrow import parquet
 
@@ -94,9 +110,10 @@ def write_parquet(
     with naming_errors(final), ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
         file = stack.enter_context(temporary.open("wb"))
+        lines = _lines(stack.enter_context(records.open("rb")), places)
         n_rows = 0
         with parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-            for group in _groups(records, schema, keep, listen, stop):
+            for group in _groups(lines, schema, keep, listen, stop):
                 writer.write_table(group)
                 n_rows += group.num_rows
         file.flush()
@@ -123,14 +140,21 @@ def _verify(path: Path, n_rows: int) -> None:
         raise FileError(f"the output has {n_found:,} of {n_rows:,} rows after writing", where=path)
 
 
+def _lines(records: BinaryIO, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the records at these places."""
+    for offset, size in places:
+        records.seek(offset)
+        yield records.read(size)
+
+
 def _groups(
-    records: Path, schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
+    lines: Iterator[bytes], schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
 ) -> Iterator[pa.Table]:
     """Yield the row groups."""
     from pyarrow import concat_tables
 
     group: list[pa.Table] = []
-    for chunk in _chunks(records, schema, keep, listen, stop):
+    for chunk in _chunks(lines, schema, keep, listen, stop):
         group.append(chunk)
         if sum(part.nbytes for part in group) >= _GROUP_BYTES or sum(map(len, group)) >= _GROUP_ROWS:
             yield concat_tables(group)
@@ -140,20 +164,25 @@ def _groups(
 
 
 def _chunks(
-    records: Path, schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
+    lines: Iterator[bytes], schema: pa.Schema, keep: Sequence[str], listen: Listener, stop: threading.Event
 ) -> Iterator[pa.Table]:
     """Yield the rows of all records, a few at a time."""
     from pyarrow import Table
 
-    with records.open("rb") as file:
-        while lines := file.readlines(_CHUNK_BYTES):
-            yield Table.from_pylist([row for line in lines for row in _rows(json.loads(line), keep)], schema)
-            listen(Advanced(sum(map(len, lines))))
+    rows: list[dict[str, Any]] = []
+    n_bytes = 0
+    for line in lines:
+        rows += _rows(json.loads(line), keep)
+        n_bytes += len(line)
+        if n_bytes >= _CHUNK_BYTES:
+            yield Table.from_pylist(rows, schema)
+            listen(Advanced(n_bytes))
+            rows, n_bytes = [], 0
             if stop.is_set():
-                raise InterruptedRunError(
-                    "interrupted: every record is written, but the Parquet file is not complete",
-                    remedy="run the same command again to continue",
-                )
+                raise interrupted()
+    if rows:
+        yield Table.from_pylist(rows, schema)
+        listen(Advanced(n_bytes))
 
 
 def _rows(record: Mapping[str, Any], keep: Sequence[str]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,32 @@ def test_an_empty_table(tmp_path: Path) -> None:
     assert parquet.read_table(options.parquet).num_rows == 0
 
 
+def places(records: Path) -> Iterator[tuple[int, int]]:
+    """Yield the places of all records, as they are in the file."""
+    offset = 0
+    with records.open("rb") as file:
+        for line in file:
+            yield offset, len(line)
+            offset += len(line)
+
+
+def test_rows_have_the_order_of_the_input(tmp_path: Path) -> None:
+    """Guards: rows in the order in which replies finish; rows lost or moved by a second run; records without
+    a line among the others.
+    """
+    lines = [{"id": str(n), "prompt": "x" * (1 + n * 7 % 40)} for n in range(30)]
+    options = to_parquet(batch(tmp_path, {"id": "old", "prompt": "y"}, *lines[::2]))
+    answer(FakeEngine(n_parallel=4), options)
+    write_lines(tmp_path / "in.jsonl", lines)
+    found = [record["id"] for record in answer(FakeEngine(n_parallel=4), options)]
+    expected = [*(line["id"] for line in lines), "old"]
+    assert found != expected
+    assert sorted(found) == sorted(expected)
+    table = parquet.read_table(options.parquet).to_pylist()
+    assert [row["id"] for row in table] == expected
+    assert [row["text"] for row in table[:-1]] == [line["prompt"] for line in lines]
+
+
 def everything(name: str, n: int) -> Reply:
     """Return a reply with all that a record can contain."""
     token = TokenLogprob(5, "a", -0.5)
@@ -69,7 +96,7 @@ def test_columns_are_those_of_the_simple_format(tmp_path: Path) -> None:
     ]
     path = tmp_path / "out.parquet"
     source = write_lines(tmp_path / "out.jsonl", [json.dumps(record) for record in found])
-    write_parquet(source, path, list(kept), "mark", ignore, threading.Event())
+    write_parquet(source, places(source), path, list(kept), "mark", ignore, threading.Event())
     one, first, second, failed = parquet.read_table(path).to_pylist()
     assert one.pop("index") == 0
     assert one == {**found[0], "kept": {"label": "3", "source": "web", "none": None}}
@@ -94,7 +121,8 @@ def test_memory_of_a_row_group(tmp_path: Path) -> None:
     source.write_text((json.dumps(record) + "\n") * n_records)
     tracemalloc.start()
     try:
-        write_parquet(source, tmp_path / "out.parquet", [], "mark", ignore, threading.Event())
+        stop = threading.Event()
+        write_parquet(source, places(source), tmp_path / "out.parquet", [], "mark", ignore, stop)
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
