@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
@@ -27,27 +28,29 @@ _COLUMNS = {
     "weights": 0,
     "KV cache": 0,
     "buffers": 76,
-    "free": 90,
-    "read/token": 0,
+    "free": 80,
+    "read": 0,
     "ms/token": 68,
 }
-"""The columns of the table of machines, and the least width of the terminal for each."""
+"""The columns of the table of machines, and the least width of the terminal for each. `read` is per token."""
+_SMALLEST_MIX = "Q3_K_S"
 _LEAST_SIZE = 10**6
 _LEAST_SHARE = 0.5  # of the memory bandwidth that decoding uses; the most is all of it
 
 
-def _size_list(text: str) -> tuple[int, ...]:
-    """Read sizes separated by commas."""
+def _size_list(text: str, example: str) -> tuple[int, ...]:
+    """Read sizes separated by commas. `example` is a size with a unit, for the error."""
     try:
         sizes = tuple(parse_size(part.strip().removesuffix("/s")) for part in text.split(","))
     except UsageError as error:
         raise ValueError(f"{error.what}: {error.remedy}") from error
     if min(sizes) < _LEAST_SIZE:
-        raise ValueError(f"{text!r} has a size below 1 MB: write the unit, as in 24GiB")
+        raise ValueError(f"{text!r} has a size below 1 MB: write the unit, as in {example}")
     return sizes
 
 
-_SIZES = parsed(_size_list, "SIZE,…")
+_MEMORY = parsed(partial(_size_list, example="24GiB"), "SIZE,…")
+_SPEEDS = parsed(partial(_size_list, example="60GB"), "SIZE,…")
 
 
 @define_command(
@@ -57,12 +60,12 @@ _SIZES = parsed(_size_list, "SIZE,…")
 )
 @model_argument("target", "[MODEL|PRESET]", required=False)
 @model_option
-@option("--memory", "memory", "Memory for the model on each machine, this one first.", _SIZES, required=True)
+@option("--memory", "memory", "Memory for the model on each machine, this one first.", _MEMORY, required=True)
 @option(
     "--read-speed",
     "speeds",
     "What decoding reads per second on each machine; the last one is also that of any others.",
-    _SIZES,
+    _SPEEDS,
     shown="measured on this machine",
 )
 @option(
@@ -201,7 +204,7 @@ def _smaller_type(plan_file: Callable[[GgufFile], SplitPlan], file: GgufFile, ou
 
     if not isinstance(outline, Hyperparameters):
         return "use a shorter context (-c), or more memory"
-    files = {word: _quantized(file, outline, word) for word in RECIPES}
+    files = {word: _quantized(file, outline, word) for word in (*RECIPES, _SMALLEST_MIX)}
     sizes = {word: sum(each.n_bytes for each in files[word].tensors.values()) for word in files}
     for word in sorted(sizes, key=lambda word: -sizes[word]):
         with suppress(OutOfMemoryError):
@@ -224,13 +227,15 @@ def _show(plan: SplitPlan, title: str, about_speed: str, bandwidth: str, n_conte
             "KV cache": format_size(share.cache),
             "buffers": format_size(share.buffers),
             "free": format_size(share.machine.n_bytes - share.n_bytes),
-            "read/token": format_size(share.read + share.cache),
+            "read": format_size(share.read + share.cache),
             "ms/token": _range(*(1000 * seconds for seconds in share.seconds(1.0))),
         }
         if not share.n_bytes:
             cells = {"machine": cells["machine"], "layers": "not used"}
         table.add_row(*(cells.get(name, "") for name in columns))
     out.print(table)
+    if len(columns) < len(_COLUMNS):
+        out.print("Wider terminals show more columns; --json prints everything.")
     out.print(about_speed)
     if plan.n_workers:
         sent = sum(share.weights for share in plan.shares[1:])
@@ -271,6 +276,7 @@ def _as_json(plan: SplitPlan) -> dict[str, object]:
                 "weights_bytes": share.weights,
                 "kv_bytes": share.cache,
                 "buffer_bytes": share.buffers,
+                "process_bytes": share.process,
                 "weight_bytes_read_per_token": share.read,
                 "read_bytes_per_second": share.machine.read_speed,
                 "seconds_per_token": share.seconds(1.0),

@@ -40,6 +40,8 @@ def test_the_page(name: str, columns: int) -> None:
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert len(lines) <= 24
     assert max(map(len, lines)) <= columns
+    assert all(name in result.stdout for name in ("free", "buffers")) == (columns >= 80)
+    assert ("Wider terminals" in result.stdout) == (columns < 80)
     assert "…" not in result.stdout
     machines = [line.split()[0] for line in lines if line.startswith((" this one", " worker"))]
     assert machines == ["this", "worker", "worker"]
@@ -98,8 +100,10 @@ def test_a_file() -> None:
     [
         (("deepseek-v3", "--memory", "300GiB,16GiB"), "--type q4-small fits"),
         (("deepseek-v3", "--memory", "24GiB,16GiB"), "no type fits"),
+        (("deepseek-v3", "--memory", "24GiB,16GiB"), "in Q3_K_S, the smallest"),
         (("deepseek-v3", "--memory", "300GiB,16GiB"), "does not fit on 2 machines: "),
         (("deepseek-v3", "--memory", "24,16"), "write the unit, as in 24GiB"),
+        (("deepseek-v3", "--memory", "1TB", "--read-speed", "60"), "write the unit, as in 60GB"),
         (("deepseek-v3", "--memory", "much"), "not a size"),
         (("deepseek-v3", "--memory", "1GiB,"), "not a size"),
         (("deepseek-v3", "--memory", "0"), "a size below 1 MB"),

@@ -52,7 +52,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class MachineShare:
-    """What a machine holds, in bytes. `read` are the bytes of weights that it reads to decode a token."""
+    """What a machine holds, in bytes. `read` are the bytes of weights that it reads to decode a token.
+
+    `process` is what llama.cpp and Python need besides.
+    """
 
     machine: Machine
     n_layers: int = 0
@@ -61,11 +64,12 @@ class MachineShare:
     cache: int = 0
     buffers: int = 0
     read: float = 0.0
+    process: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of memory."""
-        return self.weights + self.cache + self.buffers
+        return self.weights + self.cache + self.buffers + self.process
 
     def seconds(self, filled: float) -> tuple[float, float]:
         """Return the least and most time for a token. `filled` is the part of the context that is in use."""
@@ -186,7 +190,14 @@ def planned(
             continue
         shares.append(
             MachineShare(
-                machine, share.n_layers, share.has_output, share.weights, share.cache, buffers, read[index]
+                machine,
+                share.n_layers,
+                share.has_output,
+                share.weights,
+                share.cache,
+                buffers,
+                read[index],
+                0 if index else PROCESS_BYTES,
             )
         )
     sent = networks.bytes_per_token(
