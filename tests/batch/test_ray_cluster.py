@@ -232,6 +232,17 @@ def test_a_worker_that_hangs(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.M
     check(options, 20)
 
 
+def test_a_line_that_crashes_the_engine(nodes: Nodes, tmp_path: Path) -> None:
+    """Guards: a worker that is lost with its engine; lines beside the culprit that fail with it."""
+    prompts = {str(n): f"p{n} word" for n in range(12)} | {"5": "signal SIGSEGV"}
+    options = batch(tmp_path, *({"id": name, "prompt": prompt} for name, prompt in prompts.items()))
+    notes = run_batch(nodes, options)
+    assert any("its lines are retried one at a time" in note for note in notes)
+    found = by_id(records(options.out))
+    assert {name: record["text"] for name, record in found.items()} == prompts | {"5": None}
+    assert found["5"]["error"]["code"] == "engine_crash_error"
+
+
 @pytest.fixture
 def only_here() -> Iterator[Path]:
     """The path of the model in this process. Others do not have the descriptor in it."""

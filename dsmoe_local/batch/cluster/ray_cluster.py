@@ -57,6 +57,9 @@ _HEARTBEAT_SECONDS = 1.0
 _CALL_SECONDS = 0.002  # what a report costs here: workers wait so long for more answers, times their number
 _MAX_WAIT_SECONDS = 2.0
 _MAX_DEATHS = 3  # of a node's workers before they have loaded the model
+_AUTH_REMEDY = (
+    "if the cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_AUTH_REMEDY or ~/.ray/auth_token"
+)
 _NODE_DIED = re.compile(r"because (its|the) node")
 _MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
 
@@ -415,7 +418,11 @@ def _connect(ray: Any, address: str, stop: threading.Event, closed: threading.Ev
             remedy="start one (ray start --head), name its address (--ray HOST:PORT), or use --ray local",
         ) from error
     if error is not None:
-        raise DsmoeError(f"Ray cannot be used: {safe_line(str(error), 300)}", where=address) from error
+        raise DsmoeError(
+            f"Ray cannot be used: {safe_line(str(error), 300)}",
+            where=address,
+            remedy=_AUTH_REMEDY if address not in (LOCAL, AUTO) else "",
+        ) from error
 
 
 def _check_reachable(address: str) -> None:
