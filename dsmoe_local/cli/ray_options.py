@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from dsmoe_local.cli.progress import run_with_progress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dsmoe_local.base.progress import Listener
     from dsmoe_local.batch.cluster.ray_cluster import RayOptions
     from dsmoe_local.batch.job import Job
     from dsmoe_local.engine.types import ModelOptions
@@ -148,9 +149,10 @@ def run_on_ray(
         template=template.read_bytes() if template.is_file() else None,
         log_file=log_file.absolute() if log_file else None,
     )
-    with ExitStack() as stack:
-        cluster = run_with_progress(
-            lambda listen, stop: stack.enter_context(closing(RayCluster(options, worker, listen, stop))), stop
-        )
-        note_use(model)
-        run_with_progress(lambda listen, stop: run_on_cluster(cluster, job, listen, stop), stop)
+
+    def work(listen: Listener, stop: threading.Event) -> None:
+        with closing(RayCluster(options, worker, listen, stop)) as cluster:
+            note_use(model)
+            run_on_cluster(cluster, job, listen, stop)
+
+    run_with_progress(work, stop)

@@ -200,12 +200,16 @@ class RayCluster:
         nodes = [_node(found) for found in self._ray.nodes() if found["Alive"]]
         n_wanted = self._options.n_workers
         each = 1 if n_wanted is None else -(-n_wanted // max(1, len(nodes)))
+        n_workers = Counter(member.node.id for member in self._members.values())
+        room = {node.id: self._room(node, each) for node in nodes}
         while n_wanted is None or len(self._members) < n_wanted:
-            free = [node for node in nodes if self._n_workers(node) < self._room(node, each)]
+            free = [node for node in nodes if n_workers[node.id] < room[node.id]]
             if not free:
                 self._note_few_workers()
                 break
-            self._start(min(free, key=self._n_workers), each)
+            node = min(free, key=lambda node: n_workers[node.id])
+            self._start(node, each)
+            n_workers[node.id] += 1
         self._check_workers(nodes, now)
 
     def _note_few_workers(self) -> None:
