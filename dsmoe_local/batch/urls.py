@@ -24,7 +24,7 @@ from dsmoe_local.batch.sources import reading
 
 T = TypeVar("T")
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _HTTP = ("http", "https")
 # Stores that show an object only when it is complete, and in which a rename is a copy.
 _ATOMIC = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"})
@@ -274,7 +274,7 @@ def _explained(url: Url, verb: str, remedy: str = "") -> Iterator[None]:
         while isinstance(found, FileNotFoundError) and found.__cause__:
             found = found.__cause__  # fsspec raises this error also if a server cannot be reached
         reason, advice = _reason(found)
-        if "*" in url.address and url.is_http:
+        if "*" in url.address and url.is_http and advice != _LATER:
             advice = "web servers do not list files: name each file instead of using *"
         raise FileError(
             f"the URL cannot be {verb}: {reason}", where=str(url), remedy=remedy or advice
@@ -295,7 +295,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     if isinstance(error, OSError) and isinstance(host, str):
         return f"no connection to {safe_line(host, 60)}", _LATER
     # The messages of drivers contain whole addresses.
-    text = str(error).partition("\n")[0] or type(error).__name__
+    told = (isinstance(error, OSError) and error.strerror) or str(error)
+    text = told.partition("\n")[0] or type(error).__name__
     return safe_line(_without_secrets(text), 200), _LATER
 
 

@@ -144,6 +144,7 @@ WHOLE = {str(n): f"p{n}" for n in range(12)}
 def test_paths_and_urls() -> None:
     """Guards: a path with a colon taken for a URL; a URL made a path, which has one slash less."""
     assert parse_location("s3://bucket/a//b.jsonl") == Url("s3://bucket/a//b.jsonl")
+    assert parse_location("s3://") == Url("s3://")  # not the file "s3:"
     for path in ("C:/a", "a:b", "./s3:/x", "-", "://x"):
         assert parse_location(path) == Path(path)
     secret = Url("https://me:hidden@host/dir/in.csv?token=hidden")
@@ -249,6 +250,7 @@ def test_mistakes_in_addresses(tmp_path: Path) -> None:
     assert told_of("http://[x/in.jsonl", FileError).startswith("the URL cannot be read: ")
     with serving(Web()) as web:
         assert "name each file instead of using *" in told_of(f"{web.url}/*.jsonl", FileError)
+    assert "check the address and the network" in told_of(f"{web.url}/*.jsonl", FileError)
 
 
 def test_the_output_is_not_an_input(tmp_path: Path, memory: MemoryFileSystem) -> None:
