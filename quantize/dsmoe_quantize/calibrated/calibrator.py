@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -43,7 +44,7 @@ _BATCH_WEIGHTS = 32 << 20
 """Elements of the Hessians of the experts that are rounded at a time."""
 HELD_OUT = 0.1
 """Share of the sequences that judge learned rounding. They are not trained on."""
-_N_RAREST = 5
+_N_RAREST = 3
 
 
 def quantize_calibrated(
@@ -66,6 +67,7 @@ def quantize_calibrated(
     Raises UsageError for a device that is not there, or if there is nothing to calibrate. Raises FormatError
     if the model computes NaN or infinities, and the errors of `quantize_file`.
     """
+    started = time.monotonic()
     plan = replace(plan, calibration=calibration.record)
     place = device_of(device)
     torch.set_num_threads(threads or n_cores())
@@ -97,7 +99,7 @@ def quantize_calibrated(
                 stop=stop,
             )
         shutil.rmtree(folder)
-    return summary
+    return replace(summary, seconds=time.monotonic() - started)
 
 
 def device_of(word: str) -> torch.device:
