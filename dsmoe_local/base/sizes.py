@@ -16,10 +16,11 @@ _UNITS = {
 }
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, least: int = 0) -> int:
     """Return the number of bytes that a size such as `2GiB` names. Raises UsageError if it is not a size.
 
-    The unit is optional and in any case: B, K or KB, KiB, … T or TB, TiB.
+    The unit is optional and in any case: B, K or KB, KiB, … T or TB, TiB. Without a unit, a size below
+    `least` bytes is refused, too.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
@@ -28,7 +29,12 @@ def parse_size(text: str) -> int:
         )
     from decimal import Decimal
 
-    return int(Decimal(match[1]) * _UNITS[match[2].lower()])
+    size = int(Decimal(match[1]) * _UNITS[match[2].lower()])
+    if size < least and not match[2]:
+        raise UsageError(
+            f"{text.strip()} is {size} bytes", remedy=f"write a unit, as in {size}MB or {size}GiB"
+        )
+    return size
 
 
 def format_size(n_bytes: float) -> str:

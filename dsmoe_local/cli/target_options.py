@@ -170,13 +170,7 @@ class TargetOptions:
         if text is None:
             return None
         with source_in_errors(name):
-            size = parse_size(text)
-            if size < _LEAST_BYTES and text.strip().isdecimal():
-                raise UsageError(
-                    f"{flag_of(name)} {text}: this is {size} bytes",
-                    remedy=f"write a unit, as in {size}MB or {size}GiB",
-                )
-            return size
+            return parse_size(text, _LEAST_BYTES)
 
     def _name(self) -> str:
         """Return the part of the output's name that states the target."""

@@ -24,6 +24,7 @@ PROTOCOL = (7, 0, 0)
 """The version in llama.cpp's header ggml-rpc.h. Its last number changes with the set of operations."""
 _SECONDS = 10.0  # for an answer; a worker first frees the memory of its previous client
 _HELLO = 14
+_LEAST_BYTES = 1 << 20  # of memory at a worker
 _CAPABILITIES = 24  # bytes; zeros: TCP only
 _ANSWER = struct.Struct(f"<Q4B{_CAPABILITIES}x")  # its size without this field, the version, padding
 _CLOSES = "closes the connection: it is ending, has an older version, or is another program"
@@ -51,7 +52,8 @@ def parse_worker(text: str) -> Worker:
             f"{safe_line(text, 60)!r} is not a worker",
             remedy="write HOST:PORT, or HOST:PORT=SIZE to limit the memory that is used there",
         )
-    return Worker(match[1], int(match[2] or DEFAULT_PORT), parse_size(match[3]) if match[3] else None)
+    size = parse_size(match[3], _LEAST_BYTES) if match[3] else None
+    return Worker(match[1], int(match[2] or DEFAULT_PORT), size)
 
 
 def check_workers(workers: Sequence[Worker]) -> None:

@@ -39,6 +39,14 @@ def test_refuse(text: str) -> None:
         parse_size(text)
 
 
+def test_a_forgotten_unit() -> None:
+    """Guards: 60 read as 60 bytes where 60 GiB are meant."""
+    with pytest.raises(UsageError, match="60 is 60 bytes") as error:
+        parse_size("60", 1000)
+    assert error.value.remedy == "write a unit, as in 60MB or 60GiB"
+    assert (parse_size("60B", 1000), parse_size("1000", 1000)) == (60, 1000)
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [
