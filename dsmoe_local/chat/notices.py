@@ -11,6 +11,7 @@ from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.settings import OnFull, Think
 from dsmoe_local.chat.turns import Role, Turn
+from dsmoe_local.engine.tools.formats import format_of
 from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ def greet(screen: Screen, conversation: Conversation) -> None:
         screen.notice(ON_FULL_IS_LOCAL)
     if conversation.completes:
         screen.notice("a base model without a chat template: it completes your text; Enter alone continues")
+    if tools := about_tools(conversation):
+        screen.notice(f"note: {tools}")
+
+
+def about_tools(conversation: Conversation) -> str:
+    """Return a note if tools are offered to a model whose chat template does not render them; else ""."""
+    info = conversation.engine.info
+    if conversation.tools is None or info.template_text is None or format_of(info.template_text):
+        return ""
+    return "the chat template knows no tools: they are added to the system text, which works less well"
 
 
 def other_model(screen: Screen, conversation: Conversation, before: str) -> None:

@@ -50,6 +50,8 @@ def answer(
     notes = notes if notes is not None else sys.stderr
     shows = conversation.settings.think is Think.SHOW
     is_json = conversation.json_schema is not None
+    if tools := notices.about_tools(conversation):
+        _note(notes, tools)
     written = _Output(out, silent=as_json, is_json=is_json, shows_reasoning=shows)
     try:
         with handling({signal.SIGINT: _CancelOnce(conversation)}):

@@ -166,8 +166,9 @@ def test_base_model(chat: Start) -> None:
 
 def test_forty_columns(chat: Start) -> None:
     """Guards: help and notices that run out of a narrow window."""
-    terminal = chat(columns=40, lines=160)
-    say(terminal, "/help", "files after @")
+    terminal = chat(columns=40, lines=200)
+    say(terminal, "/help all", r"until\s+the\s+chat\s+ends")
+    say(terminal, "/help", r"explains\s+all\s+of\s+them")
     terminal.check("chat_narrow_help")
 
 

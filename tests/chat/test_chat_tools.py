@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.fake_engine import FakeEngine
+from support.talking import chat_with
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.one_shot import answer
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.tool_calls import CallBlocks
 from dsmoe_local.cli.prompt_input import read_tools
@@ -53,6 +57,23 @@ def test_blocks(events: list[tuple[str, tuple[CallDelta, ...]]], text: str) -> N
     shown = [blocks.shown(TokenEvent("r", piece, 0.0, 1, calls=calls)).text for piece, calls in events]
     end = blocks.shown(TokenEvent("r", "", 0.0, finish_reason=FinishReason.STOP))
     assert "".join([*shown, end.text]) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "offered", "is_told"),
+    [("{{ messages }}", True, True), ("{{ messages }}", False, False), ("tools <tool_call>", True, False)],
+)
+def test_a_template_without_tools_is_told(template: str, offered: bool, is_told: bool) -> None:
+    """Guards: poor calls of a model that was not trained for tools, without a word about the reason."""
+    engine = FakeEngine()
+    engine.info = replace(engine.info, template_text=template)
+    chat, screen = chat_with(engine)
+    chat.conversation.tools = TOOLS if offered else None
+    chat.begin()
+    assert any("knows no tools" in notice for notice in screen.notices) is is_told
+    notes = io.StringIO()
+    answer(chat.conversation, "hi", io.StringIO(), notes=notes)
+    assert ("knows no tools" in notes.getvalue()) is is_told
 
 
 def test_a_base_model_takes_no_tools() -> None:

@@ -26,7 +26,7 @@ def take(chat: Chat, *texts: str) -> None:
 def test_every_command_is_in_help_completion_and_the_guides() -> None:
     """Guards: a command that nobody can find."""
     chat, screen = chat_with(FakeEngine())
-    take(chat, "/help")
+    take(chat, "/help all")
     guide = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
     offered = {choice.text.strip() for choice in choices("/", commands.COMMANDS, chat)}
     for name, command in commands.COMMANDS.items():
@@ -44,6 +44,17 @@ def test_help_of_one_command() -> None:
     chat, screen = chat_with(FakeEngine())
     take(chat, "/help /undo")
     assert screen.tables == [[("/undo [N]", commands.COMMANDS["undo"].help)]]
+
+
+def test_help_fits_a_small_window() -> None:
+    """Guards: a list that scrolls its first commands out of a window of 80 columns and 24 lines."""
+    chat, screen = chat_with(FakeEngine())
+    take(chat, "/help")
+    (rows,) = screen.tables
+    listed = " ".join(text for _, text in rows)
+    assert all(f"/{name}" in listed for name in commands.COMMANDS)
+    assert sum(1 + len(text) // 60 for _, text in rows) < 20
+    assert "/help all" in screen.said
 
 
 @pytest.mark.parametrize(

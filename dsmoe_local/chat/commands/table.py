@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands import experts, files, look, model, sessions, settings, talk
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 
@@ -23,16 +25,23 @@ KEYS = (
 
 
 def _help(chat: Chat, word: str) -> None:
-    command = BY_WORD.get(word.removeprefix("/"))
-    if command is not None:
-        name = next(name for name, entry in COMMANDS.items() if entry is command)
-        chat.screen.table([_row(name, command)])
+    if not word:
+        # All commands with their explanations would scroll out of most windows.
+        names = [(title, " ".join(f"/{name}" for name in group)) for title, group in GROUPS.items()]
+        chat.screen.table([*names, ("", ""), ("Keys", ""), *KEYS])
+        chat.screen.notice("/help COMMAND explains a command, /help all explains all of them")
         return
-    rows: list[tuple[str, str]] = []
-    for title, group in GROUPS.items():
-        rows += [("", ""), (title, "")]
-        rows += [_row(name, command) for name, command in group.items()]
-    chat.screen.table([*rows[1:], ("", ""), ("Keys", ""), *KEYS])
+    if word == "all":
+        rows: list[tuple[str, str]] = []
+        for title, group in GROUPS.items():
+            rows += [("", ""), (title, ""), *(_row(name, command) for name, command in group.items())]
+        chat.screen.table(rows[1:])
+        return
+    command = BY_WORD.get(word.removeprefix("/"))
+    if command is None:
+        raise UsageError(f"there is no command {safe_line(word, 40)!r}", remedy="/help lists them")
+    name = next(name for name, entry in COMMANDS.items() if entry is command)
+    chat.screen.table([_row(name, command)])
 
 
 def _row(name: str, command: Command) -> tuple[str, str]:
@@ -44,10 +53,10 @@ GROUPS: Mapping[str, Commands] = {
     "The conversation": {
         "help": Command(
             _help,
-            "show this list, or one command",
-            "[COMMAND]",
+            "list the commands and keys, explain one command, or all",
+            "[COMMAND|all]",
             aliases=("?",),
-            complete=lambda chat, typed: [*COMMANDS],
+            complete=lambda chat, typed: ["all", *COMMANDS],
         ),
         **talk.COMMANDS,
     },
