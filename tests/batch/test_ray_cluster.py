@@ -21,9 +21,10 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, MissingExtraError
 from dsmoe_local.base.progress import Event, Note
-from dsmoe_local.batch.cluster import ray_cluster, run
+from dsmoe_local.batch.cluster import run
 from dsmoe_local.batch.cluster.interface import Item
 from dsmoe_local.batch.cluster.ray_cluster import RayCluster, RayOptions
+from dsmoe_local.batch.cluster.ray_connection import import_ray
 from dsmoe_local.batch.cluster.worker import WorkerOptions
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.engine.load.parallel import Workload
@@ -82,7 +83,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nodes(cache: Path) -> Iterator[Nodes]:
     """A cluster with two nodes."""
-    ray_cluster._import_ray()
+    import_ray("auto")
     started = Nodes(cache)
     yield started
     started.close()
@@ -287,6 +288,39 @@ def test_nothing_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(DsmoeError, match="the Ray cluster cannot be reached: Connection refused"):
         connect("127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"dsmoe-local\[ray\]"):
         connect("local")
+
+
+_CONNECT_LOCALLY = """
+import os, subprocess, sys, threading
+from dsmoe_local.batch.cluster.ray_connection import LOCAL, connect, import_ray
+
+ray, closed = import_ray(LOCAL), threading.Event()
+connect(ray, LOCAL, threading.Event(), closed)
+ask = "import sys; from ray._raylet import GcsClient as C; C(address=sys.argv[1]).get_all_node_info(timeout=9)"
+command = [sys.executable, "-c", ask, ray.get_runtime_context().gcs_address]
+for environment in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    print("used" if not done.returncode else "refused" if "token" in done.stderr else done.stderr)
+ray.shutdown()
+closed.set()
+"""
+
+
+def test_a_local_cluster_needs_the_token(tmp_path: Path) -> None:
+    """Guards: a cluster that everybody in the network can use, and a token that every user can read."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HOME": str(tmp_path),
+        "RAY_AUTH_MODE": "disabled",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _CONNECT_LOCALLY], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["used", "refused", "refused"], done.stdout + done.stderr
+    assert not (tmp_path / ".ray" / "auth_token").exists()

@@ -133,7 +133,7 @@ def prepare(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     patch.setattr("dsmoe_local.evaluate.speed.machine.look_at_machine", refuse)
     patch.setattr("dsmoe_local.cli.worker._serve", refuse)
-    patch.setattr("dsmoe_local.batch.cluster.ray_cluster._connect", refuse)
+    patch.setattr("dsmoe_local.batch.cluster.ray_cluster.connect", refuse)
 
 
 def arguments(chance: random.Random) -> list[str]:

@@ -1,13 +1,9 @@
-"""A cluster of Ray actors, each of which is a worker. The only module that imports Ray."""
+"""A cluster of Ray actors, each of which is a worker."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import queue
 import re
-import socket
 import threading
 import time
 from collections import Counter
@@ -16,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import count, safe_line
@@ -30,36 +26,17 @@ from dsmoe_local.batch.cluster.interface import (
     Report,
     Reported,
 )
+from dsmoe_local.batch.cluster.ray_connection import AUTO, LOCAL, connect, import_ray
 from dsmoe_local.batch.cluster.worker import Loaded, NoModel, Worker, WorkerOptions
 from dsmoe_local.model.gguf_split import read_parts
 
-LOCAL = "local"
-"""The address of a cluster that is started on this machine, and ends with the batch."""
-AUTO = "auto"
-"""The address of the cluster that RAY_ADDRESS names, or that this machine belongs to."""
-
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's handler of SIGTERM would replace ours, and print a stack.
-    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-    # Do not print messages of the cluster's processes on stdout.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    # A worker without GPUs of its own may use what --device names.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-_OBJECT_STORE = 256 << 20  # of a cluster on this machine; only large messages use it
 _CHUNK = 16 << 20  # of a model that is copied
-_CONNECT_SECONDS = 5.0  # Ray itself waits for minutes
-_POLL_SECONDS = 0.1
 _NODES_SECONDS = 2.0  # between looks for new nodes
 _NODE_SECONDS = 60.0  # the wait for a new node when the last worker was lost
 _HEARTBEAT_SECONDS = 1.0
 _CALL_SECONDS = 0.002  # what a report costs here: workers wait so long for more answers, times their number
 _MAX_WAIT_SECONDS = 2.0
 _MAX_DEATHS = 3  # of a node's workers before they have loaded the model
-_AUTH_REMEDY = (
-    "if the cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_AUTH_REMEDY or ~/.ray/auth_token"
-)
 _NODE_DIED = re.compile(r"because (its|the) node")
 _MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
 
@@ -121,12 +98,12 @@ class RayCluster:
         self._options = options
         self._worker = worker
         self._listen = listen
-        self._ray = _import_ray()
+        self._ray = import_ray(options.address)
         self._closed = threading.Event()
         stage = "starting Ray" if options.address == LOCAL else "connecting to Ray"
         listen(Started(stage, 1, unit="clusters"))
         try:
-            _connect(self._ray, options.address, stop, self._closed)
+            connect(self._ray, options.address, stop, self._closed)
         except BaseException:
             self._closed.set()
             raise
@@ -368,86 +345,6 @@ class RayCluster:
         for other in self._members.values():
             if other.node.id == member.node.id and other.stage is _Stage.WAITING:
                 self._load(other)
-
-
-def _import_ray() -> Any:  # noqa: ANN401 - the module
-    os.environ.update(_ENVIRONMENT)  # Ray reads it when it is imported
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("ray", "ray", "--ray") from error
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    return ray
-
-
-def _connect(ray: Any, address: str, stop: threading.Event, closed: threading.Event) -> None:  # noqa: ANN401
-    """Connect to a cluster, or start one.
-
-    This is done in a thread, because Ray would install a signal handler in the main thread, and so that
-    `stop` can interrupt it. The thread lives until `closed` is set: on Linux, Ray's processes end with the
-    thread that has started them.
-    """
-    if address == LOCAL:
-        arguments = {
-            "address": LOCAL,
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE,
-            "_node_ip_address": "127.0.0.1",  # other machines cannot reach it
-        }
-    else:
-        address = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
-        _check_reachable(address)
-        arguments = {"address": address}
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **arguments)
-            ended.put(None)
-            closed.wait()
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            ended.put(error)
-
-    threading.Thread(target=work, name="dsmoe-ray", daemon=True).start()
-    while True:
-        try:
-            error = ended.get(timeout=_POLL_SECONDS)
-            break
-        except queue.Empty:
-            if stop.is_set():
-                raise InterruptedRunError("interrupted: there was no connection to Ray yet") from None
-    if isinstance(error, ConnectionError) and address == AUTO:
-        raise DsmoeError(
-            "no Ray cluster was found",
-            remedy="start one (ray start --head), name its address (--ray HOST:PORT), or use --ray local",
-        ) from error
-    if error is not None:
-        raise DsmoeError(
-            f"Ray cannot be used: {safe_line(str(error), 300)}",
-            where=address,
-            remedy=_AUTH_REMEDY if address not in (LOCAL, AUTO) else "",
-        ) from error
-
-
-def _check_reachable(address: str) -> None:
-    """Raise DsmoeError if nothing listens at HOST:PORT; UsageError for an address of Ray Client."""
-    if "://" in address:
-        raise UsageError(
-            "a cluster cannot be used from outside, with Ray Client",
-            where=address,
-            remedy="run the command on a machine of the cluster, with --ray HOST:PORT of its head",
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return  # Ray looks for a cluster
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise DsmoeError(
-            f"the Ray cluster cannot be reached: {error.strerror or error}",
-            where=address,
-            remedy="check the address; `ray start --head` prints it",
-        ) from error
 
 
 def _node(found: dict[str, Any]) -> _Node:
