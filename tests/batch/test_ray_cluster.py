@@ -301,7 +301,7 @@ from dsmoe_local.batch.cluster.ray_connection import LOCAL, connect, import_ray
 
 ray, closed = import_ray(LOCAL), threading.Event()
 connect(ray, LOCAL, threading.Event(), closed)
-ask = "import sys; from ray._raylet import GcsClient as C; C(address=sys.argv[1]).get_all_node_info(timeout=9)"
+ask = "import sys; from ray._raylet import GcsClient as C; C(sys.argv[1]).get_all_node_info(timeout=9)"
 command = [sys.executable, "-c", ask, ray.get_runtime_context().gcs_address]
 for environment in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
