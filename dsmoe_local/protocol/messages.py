@@ -38,7 +38,9 @@ def _message(item: object) -> Message:
         raise RequestError(f"a message's {safe_line(foreign[0], 40)} is not supported")
     role = text("role", item["role"])
     if role not in _ROLES:
-        raise RequestError(f"the role {safe_line(role, 40)!r} is not supported")
+        raise RequestError(
+            f"the role {safe_line(role, 40)!r} is not supported", remedy=f"use {', '.join(_ROLES)}"
+        )
     if key := next((key for key in sorted(given) if item[key] and _ROLE_OF.get(key, role) != role), ""):
         raise RequestError(f"only messages of the role {_ROLE_OF[key]} may have {key}")
     if role == "tool" and not item.get("tool_call_id"):

@@ -110,6 +110,7 @@ def test_a_file() -> None:
         (("deepseek-v3", "--memory", "1GiB", "--read-speed", "1GB,2GB"), "--read-speed has 2 values"),
         (("deepseek-v3", "--memory", "1TB", "--bandwidth", "fast"), "is not a bandwidth"),
         (("deepseek-v3", "--memory", "1TB", "--type", "q3.5"), "is not a type"),
+        (("deepseek-v3", "--memory", "1TB", "--type", "q5"), "did you mean Q5_K_M or Q5_K_S or"),
         (("deepseek-v4", "--memory", "1GiB"), "deepseek-v3"),
         (("gshard-137b", "--memory", "1TB"), "llama.cpp cannot load"),
         (("deepseek-v3",), "--memory"),

@@ -34,9 +34,10 @@ def resolve(word: str) -> TypeChoice:
     mix = MIXES.get(ALIASES.get(upper, upper))
     choice = RECIPES.get(word.lower()) or mix or FLOAT_TYPES.get(upper)
     if choice is None:
-        raise UsageError(
-            f"{safe_line(word, 40)!r} is not a type", remedy=f"known: {', '.join(known_words())}"
-        )
+        words = known_words()
+        meant = [each for each in words if upper and each.upper().startswith(upper)]
+        remedy = f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(words)}"
+        raise UsageError(f"{safe_line(word, 40)!r} is not a type", remedy=remedy)
     return choice
 
 
