@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from support.models import tiny_model
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.batch.cluster.interface import Fault, Item
-from dsmoe_local.batch.cluster.worker import Loaded, NoModel, Worker, WorkerOptions
+from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.engine.load.parallel import Workload
@@ -98,14 +99,15 @@ def test_a_worker_that_cannot_load(changes: dict[str, Any], what: str) -> None:
     assert what in fault.what
 
 
-def copied(worker: Worker, content: bytes, name: str = tiny_model().name) -> Fault | None:
+def copied(worker: Worker, content: bytes, digest: str = "") -> Fault | LoadLater | None:
     """Send a worker a copy in two parts."""
+    name = tiny_model().name
     half = len(content) // 2
     steps = [
         worker.begin_copy(len(content)),
         worker.write_copy(name, content[:half]),
         worker.write_copy(name, content[half:]),
-        worker.finish_copy(),
+        worker.finish_copy(digest or blake2b(content).hexdigest()),
     ]
     return next((fault for fault in steps if fault is not None), None)
 
@@ -123,7 +125,11 @@ def test_a_model_that_is_copied(tmp_path: Path) -> None:
     assert other.fault.what == "another file has the name of the model"
     content = tiny_model().read_bytes()
     damaged = copied(worker, content[:-1] + b"\0\0")
-    assert damaged is not None
+    assert isinstance(damaged, Fault)
+    assert damaged.what == "the copy of the model is not equal to it"
+    # The sample of `file_identity` is equal.
+    damaged = copied(worker, content, blake2b(content[1:]).hexdigest())
+    assert isinstance(damaged, Fault)
     assert damaged.what == "the copy of the model is not equal to it"
     folder = cache_folder() / "batch-models"
     assert list(folder.iterdir()) == []
@@ -132,6 +138,7 @@ def test_a_model_that_is_copied(tmp_path: Path) -> None:
     assert copied(worker, content) is None
     (copy,) = folder.iterdir()
     assert (copy / tiny_model().name).read_bytes() == content
+    assert worker.begin_copy(len(content)) == LoadLater()  # another machine has copied it in between
     assert isinstance(worker.load(), Loaded)
     worker.close()
 
@@ -141,12 +148,10 @@ def test_a_copy_that_cannot_be_made(tmp_path: Path) -> None:
     away = replace(options().model, path=tmp_path / "away.gguf")
     worker = Worker(options(model=away), n_cpus=1)
     no_space = worker.begin_copy(1 << 60)
-    assert no_space is not None
+    assert isinstance(no_space, Fault)
     assert "not enough disk space" in no_space.what
     with locked(worker._copy_folder):
-        busy = worker.begin_copy(1)
-    assert busy is not None
-    assert "another run is writing" in busy.what
+        assert worker.begin_copy(1) == LoadLater()
 
 
 def test_a_template_is_sent(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ class ModelCopy:
         self._temporary = folder.with_name(f".{folder.name}.part")
         self._name = ""
         self._file: BinaryIO | None = None
+        self._digest = blake2b()
         self._stack = ExitStack()
         with _naming_errors(folder):
             durable.make_folders(folder.parent)
@@ -46,13 +48,18 @@ class ModelCopy:
                 self._end_file()
                 self._name, self._file = name, (self._temporary / name).open("xb")
             self._file.write(content)
+            self._digest.update(content)
 
-    def finish(self, name: str, identity: str) -> None:
-        """Verify and publish the copy of the model whose first file is `name`. FormatError if it differs."""
+    def finish(self, name: str, identity: str, digest: str) -> None:
+        """Verify and publish the copy of the model whose first file is `name`. FormatError if it differs.
+
+        `identity` is the model's `file_identity`, `digest` the BLAKE2b digest of all bytes.
+        """
         with _naming_errors(self._folder):
             self._end_file()
             durable.sync_folder(self._temporary)
-            if file_identity(self._temporary / name) != identity:
+            written = file_identity(self._temporary / name)
+            if written != identity or self._digest.hexdigest() != digest:
                 raise FormatError("the copy of the model is not equal to it", where=self._folder)
             # A folder that exists has another content: otherwise there would be no copy.
             shutil.rmtree(self._folder, ignore_errors=True)

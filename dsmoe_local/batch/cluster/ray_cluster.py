@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from hashlib import blake2b
 from typing import Any
 
 from dsmoe_local.base.errors import DsmoeError
@@ -27,12 +28,13 @@ from dsmoe_local.batch.cluster.interface import (
     Reported,
 )
 from dsmoe_local.batch.cluster.ray_connection import AUTO, LOCAL, connect, import_ray
-from dsmoe_local.batch.cluster.worker import Loaded, NoModel, Worker, WorkerOptions
+from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
 from dsmoe_local.model.gguf_split import read_parts
 
 _CHUNK = 16 << 20  # of a model that is copied
 _NODES_SECONDS = 2.0  # between looks for new nodes
 _NODE_SECONDS = 60.0  # the wait for a new node when the last worker was lost
+_COPY_SECONDS = 2.0  # between looks for a model that another worker or run copies
 _HEARTBEAT_SECONDS = 1.0
 _CALL_SECONDS = 0.002  # what a report costs here: workers wait so long for more answers, times their number
 _MAX_WAIT_SECONDS = 2.0
@@ -61,13 +63,16 @@ class RayOptions:
 class _Stage(Enum):
     LOADING = auto()
     COPYING = auto()
-    WAITING = auto()  # for a copy of the model by another worker of the node
+    WAITING = auto()  # for a copy of the model by another worker or run
     WORKING = auto()
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """An actor. `call` is its unfinished call; `copy` yields the calls that copy the model to its node."""
+    """An actor. `call` is its unfinished call; `copy` yields the calls that copy the model to its node.
+
+    `load_at`: when to load again, while another worker or run copies the model.
+    """
 
     name: str
     node: _Node
@@ -75,6 +80,7 @@ class _Member:
     stage: _Stage = _Stage.LOADING
     call: Any = None
     copy: Iterator[Any] | None = None
+    load_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,9 @@ class RayCluster:
     def poll(self, seconds: float) -> Sequence[Event]:
         """See Cluster."""
         self._start_workers()
+        for member in self._members.values():
+            if member.load_at < time.monotonic():
+                self._load(member)
         calls = {member.call: member for member in self._members.values() if member.call is not None}
         if calls:
             ready, _ = self._ray.wait(list(calls), timeout=0 if self._events else seconds)
@@ -259,6 +268,10 @@ class RayCluster:
 
     def _load(self, member: _Member) -> None:
         member.stage, member.call = _Stage.LOADING, member.actor.load.remote()
+        member.load_at = math.inf
+
+    def _load_later(self, member: _Member) -> None:
+        member.stage, member.load_at = _Stage.WAITING, time.monotonic() + _COPY_SECONDS
 
     # What calls return.
 
@@ -281,9 +294,10 @@ class RayCluster:
         elif isinstance(value, NoModel):
             self._refuse(member, value.fault)
             self._n_most[member.node.id] = 0
+        elif isinstance(value, LoadLater):
+            self._load_later(member)
         elif isinstance(value, Fault):
             self._refuse(member, value)
-            self._end_copy(member)
         else:
             self._continue_copy(member)
 
@@ -301,7 +315,6 @@ class RayCluster:
         else:
             self._remove(member)
             self._events.append(Lost(member.name, member.node.name, reason))
-        self._end_copy(member)
 
     def _remove(self, member: _Member) -> None:
         """Kill an actor. Its engine's process ends with it."""
@@ -315,7 +328,7 @@ class RayCluster:
         """Copy the model to a member's node, or let the member wait for the copy that another one gets."""
         others = [other for other in self._members.values() if other.node.id == member.node.id]
         if any(other.stage is _Stage.COPYING for other in others):
-            member.stage = _Stage.WAITING
+            self._load_later(member)
             return
         member.stage, member.copy = _Stage.COPYING, self._copy_calls(member.actor, member.node.name)
         self._continue_copy(member)
@@ -325,26 +338,21 @@ class RayCluster:
         path = self._worker.model.path
         files = [part.path for part in read_parts(path).parts]
         n_bytes = sum(file.stat().st_size for file in files)
-        self._listen(Note(f"copying {path.name} ({format_size(n_bytes)}) to {node}"))
+        digest = blake2b()
         yield actor.begin_copy.remote(n_bytes)
+        self._listen(Note(f"copying {path.name} ({format_size(n_bytes)}) to {node}"))
         for each in files:
             with each.open("rb") as file:
                 while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
                     yield actor.write_copy.remote(each.name, chunk)
-        yield actor.finish_copy.remote()
+        yield actor.finish_copy.remote(digest.hexdigest())
 
     def _continue_copy(self, member: _Member) -> None:
         assert member.copy is not None
         member.call = next(member.copy, None)
         if member.call is None:
             self._load(member)
-            self._end_copy(member)
-
-    def _end_copy(self, member: _Member) -> None:
-        """Let the workers go on that wait for a copy of the model on a member's node."""
-        for other in self._members.values():
-            if other.node.id == member.node.id and other.stage is _Stage.WAITING:
-                self._load(other)
 
 
 def _node(found: dict[str, Any]) -> _Node:

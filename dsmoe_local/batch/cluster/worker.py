@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from dsmoe_local import __version__
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.batch.cluster.interface import Answer, Fault, Item, Report
 from dsmoe_local.batch.cluster.model_copy import ModelCopy
@@ -65,6 +65,11 @@ class NoModel:
     """This machine does not have the model."""
 
     fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLater:
+    """Another run copies the model to this folder, or has just done so. `load` may find it after a while."""
 
 
 Load: TypeAlias = Loaded | NoModel | Fault
@@ -136,10 +141,15 @@ class Worker:
         if self._engine is not None:
             self._engine.close()
 
-    def begin_copy(self, n_bytes: int) -> Fault | None:
-        """Begin to copy the model to this machine."""
+    def begin_copy(self, n_bytes: int) -> Fault | LoadLater | None:
+        """Begin to copy the model to this machine, whose cache folder other machines may share."""
         try:
             self._copy = ModelCopy(self._copy_folder, n_bytes)
+            if not isinstance(self._find_model(), NoModel):
+                self._copy.close()
+                return LoadLater()
+        except LockedError:
+            return LoadLater()
         except DsmoeError as error:
             return Fault.of(error)
         return None
@@ -154,11 +164,11 @@ class Worker:
             return Fault.of(error)
         return None
 
-    def finish_copy(self) -> Fault | None:
-        """Verify the copy. `load` then uses it."""
+    def finish_copy(self, digest: str) -> Fault | None:
+        """Verify the copy, whose bytes have the BLAKE2b digest `digest`. `load` then uses it."""
         assert self._copy is not None
         try:
-            self._copy.finish(self._options.model.path.name, self._options.identity)
+            self._copy.finish(self._options.model.path.name, self._options.identity, digest)
         except DsmoeError as error:
             self._copy.close()
             return Fault.of(error)
