@@ -166,6 +166,20 @@ def test_three_workers(local: str) -> None:
     assert "the workers are not used" in notes[-1]
 
 
+def test_experts_that_a_worker_has_no_room_for(worker: RunningWorker, local: str) -> None:
+    """Guards: all layers sent to a worker that aborts, although its experts fit on this machine."""
+    notes: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    with EngineClient.load(options(f"{worker.endpoint}=1000KiB"), listen) as engine:
+        assert text(engine) == local
+        assert "the routed experts of" in engine.info.placement
+    assert any("no room for the routed experts" in note and "--n-cpu-moe" in note for note in notes)
+
+
 @pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("n_gpu_layers", [-1, 2])
 def test_a_lost_worker(worker: RunningWorker, local: str, n_kills: int, n_gpu_layers: int) -> None:
