@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from support.batches import batch, by_id, records
 
-from benchmarks.support.simulated_cluster import INFO, Behaviour, SimulatedCluster
+from benchmarks.support.simulated_cluster import CRASH, INFO, Behaviour, SimulatedCluster
 from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Note
 from dsmoe_local.batch.cluster import interface
-from dsmoe_local.batch.cluster.interface import Fault, Item, Joined, Lost, Refused
+from dsmoe_local.batch.cluster.interface import Fault, Item, Joined, Lost, Refused, Report, Reported
 from dsmoe_local.batch.cluster.run import run_on_cluster
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.lines import Line
@@ -90,6 +90,73 @@ def test_a_line_that_crashes_engines(tmp_path: Path) -> None:
     assert len(found) == N_LINES
     assert summary.n_failed == 1
     assert any("retried one at a time" in event.text for event in events if isinstance(event, Note))
+
+
+class Broken(SimulatedCluster):
+    """A cluster whose first worker crashes with every line. Each worker is on a node of its own."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        super().__init__(behaviour)
+        self.discarded: list[str] = []
+
+    def poll(self, seconds: float) -> Sequence[interface.Event]:
+        return [self.changed(event) for event in super().poll(seconds)]
+
+    def changed(self, event: interface.Event) -> interface.Event:
+        if isinstance(event, Joined):
+            return replace(event, node=f"node of {event.worker}")
+        if isinstance(event, Reported) and event.worker == "worker-0" and event.report.answers:
+            return Reported(event.worker, Report((), CRASH))
+        return event
+
+    def discard(self, worker: str, *, for_good: bool) -> None:
+        self.discarded.append(worker)
+        super().discard(worker, for_good=for_good)
+
+
+@pytest.mark.parametrize("n_workers", [2, 4, 20])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_one_broken_node(tmp_path: Path, n_workers: int, ordered: bool) -> None:
+    """Guards: lines that fail only because one machine is broken; a machine that crashes for ever."""
+    options = options_of(tmp_path, ordered=ordered)
+    cluster = Broken(behaviour(n_workers=n_workers, seconds=20.0))
+    summary, events = run(cluster, options)
+    check(options)
+    assert summary.n_failed == 0
+    notes = [event.text for event in events if isinstance(event, Note)]
+    told = "a worker on node of worker-0 is not used any more"
+    if n_workers < 20:  # not over before
+        assert cluster.discarded == ["worker-0"]
+        assert sum(told in note for note in notes) == 1, notes
+
+
+def test_many_bad_lines_leave_good_nodes(tmp_path: Path) -> None:
+    """Guards: good machines that are given up because a part of the input crashes engines."""
+    options = options_of(tmp_path)
+
+    class Good(Broken):
+        def changed(self, event: interface.Event) -> interface.Event:
+            return replace(event, node=event.worker) if isinstance(event, Joined) else event
+
+    cluster = Good(behaviour(kills=lambda line: 100 <= int(line.id) < 120))
+    summary, _ = run(cluster, options)
+    assert summary.n_failed == 20
+    assert cluster.discarded == []
+
+
+def test_the_reason_of_losses(tmp_path: Path) -> None:
+    """Guards: an error record that says that workers were lost, and not why."""
+    options = options_of(tmp_path, 1)
+    lost: list[interface.Event] = []
+    for number in range(4):
+        lost += [
+            Joined(f"w{number}", "host", INFO, 1),
+            Lost(f"w{number}", "host", "OutOfMemoryError: killed"),
+        ]
+    run(Scripted(*lost), options)
+    (record,) = records(options.out)
+    assert record["error"]["code"] == "worker_lost_error"
+    assert "the last one on host: OutOfMemoryError: killed" in record["error"]["message"]
 
 
 def test_too_many_failed_lines(tmp_path: Path) -> None:

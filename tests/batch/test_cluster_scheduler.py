@@ -117,11 +117,11 @@ def test_a_task_that_takes_its_workers_along_fails() -> None:
     failed: list[int] = []
     n_lost = 0
     while made.n_unanswered:
-        n_lost += 1
         worker = f"w{n_lost}"
         made.join(worker, 2)
         while tasks := take(made, worker):
             if 0 in tasks:
+                n_lost += 1
                 for task in made.lose(worker):
                     failed.append(task)
                     made.fail(task)
@@ -130,6 +130,72 @@ def test_a_task_that_takes_its_workers_along_fails() -> None:
                 made.answer(worker, task, 1.0)
     assert failed == [0]
     assert n_lost == 4
+
+
+def join(made: Scheduler, **nodes: str) -> None:
+    """Add workers of 2 tasks, by the names of their nodes."""
+    for worker, node in nodes.items():
+        made.join(worker, 2, node)
+
+
+@pytest.mark.parametrize(("how", "node"), [("crash", "a"), ("crash", "b"), ("lose", "b")])
+def test_a_broken_worker_fails_no_tasks(how: str, node: str) -> None:
+    """Guards: one worker that always ends, and turns tasks that others can answer into failures; one that
+    is started for ever. Its worker has another name after a loss.
+    """
+    made = Scheduler(200, whole)
+    join(made, good="a", bad=node)
+    name, n_ends, held, now = "bad", 0, take(made, "good"), 0.0
+    while made.n_unanswered:
+        now += 1.0
+        if not made.is_bad(name, node):
+            assert n_ends < 20
+            n_ends += 1
+            assert getattr(made, how)(name) == []
+            name = name if how == "crash" else f"bad{n_ends}"
+        else:
+            made.lose(name)
+        if held and now % 3 == 0:
+            made.answer("good", held.pop(0), now)
+        held += made.take("good", now, 200)
+        if not made.is_bad(name, node):
+            made.join(name, 2, node)
+            take(made, name, now)
+
+
+def test_a_suspect_fails_after_two_nodes() -> None:
+    """Guards: a second trial on the node of the first, though another node has workers; a good node that
+    is given up because of bad tasks.
+    """
+    made = Scheduler(1, whole)
+    join(made, a1="a", a2="a", b1="b")
+    assert take(made, "a1") == [0]
+    assert made.crash("a1") == []
+    assert take(made, "a2") == [0]
+    assert made.crash("a2") == []
+    join(made, a1="a", a2="a")
+    assert (take(made, "a1"), take(made, "a2")) == ([], [])
+    assert take(made, "b1") == [0]
+    assert made.crash("b1") == [0]
+    made.fail(0)
+    assert made.n_unanswered == 0
+    assert not any(made.is_bad(worker, worker[0]) for worker in ("a1", "a2", "b1"))
+
+
+def test_a_suspect_whose_other_place_is_gone() -> None:
+    """Guards: a suspect that waits for ever for a node that is not there any more."""
+    made = Scheduler(1, whole)
+    join(made, a="a", b="b")
+    take(made, "a")
+    made.crash("a")
+    join(made, a="a")
+    assert take(made, "a") == [0]
+    made.crash("a")
+    join(made, a="a")
+    assert take(made, "a") == []
+    made.lose("b")
+    assert take(made, "a") == [0]
+    assert made.crash("a") == [0]
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -170,7 +236,7 @@ def test_every_task_once(steps: list[tuple[str, int]], n_tasks: int, capacity: i
         now += 1.0
         worker = f"w{number}"
         if what == "join" and worker not in held:
-            made.join(worker, capacity)
+            made.join(worker, capacity, f"node {number % 2}")
             held[worker] = []
         elif worker not in held:
             continue
@@ -182,6 +248,8 @@ def test_every_task_once(steps: list[tuple[str, int]], n_tasks: int, capacity: i
         elif what in ("lose", "crash"):
             fail(getattr(made, what)(worker))
             del held[worker]
+    for worker in {f"w{number}" for number in range(6)} - set(held):
+        made.lose(worker)  # after a crash
     if not held:
         made.join("last", capacity)
         held["last"] = []

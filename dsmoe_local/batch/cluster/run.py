@@ -45,8 +45,7 @@ _REPORT_SECONDS = 0.5
 _SPEED_SECONDS = 15.0
 _MAX_AHEAD = 1024  # with `ordered`: replies that wait for the reply to an earlier line
 _MAX_SPEEDS = 4  # the speeds of more workers are shown as a range
-_LOST = Fault("worker_lost_error", "worker_lost_error", "the worker that had this line was lost, repeatedly")
-_STALLED = Fault("worker_lost_error", "worker_lost_error", f"no progress for {SILENT_SECONDS:g} s")
+_STALLED = f"no progress for {SILENT_SECONDS:g} s"
 
 Clock = Callable[[], float]
 
@@ -181,7 +180,8 @@ class _Run:
             elif isinstance(event, Joined):
                 self._join(event)
             else:
-                self._lose(event.worker, _LOST)
+                reason = event.fault.line if isinstance(event, Refused) else event.reason
+                self._lose(event.worker, event.node, reason)
 
     def _join(self, event: Joined) -> None:
         loaded = self._job.loaded(event.info)
@@ -190,11 +190,14 @@ class _Run:
             self._cluster.discard(event.worker, for_good=True)
             self._listen(Note(f"{event.node} is not used: replies may differ there ({'; '.join(changed)})"))
             return
+        if self._scheduler.is_bad(event.worker, event.node):
+            self._refuse(event.worker, event.node)
+            return
         now = self._clock()
         summaries = self._job.summary.workers
         summary = summaries.setdefault(event.worker, WorkerSummary(event.node))
         self._workers[event.worker] = _Worker(event.node, summary, now, now)
-        self._scheduler.join(event.worker, event.capacity)
+        self._scheduler.join(event.worker, event.capacity, event.node)
         self._n_ahead = max(_MAX_AHEAD, 2 * event.capacity * len(self._workers))
         self._give(event.worker)
 
@@ -206,14 +209,23 @@ class _Run:
         if report.crash is None:
             self._give(worker)
             return
+        alone = self._scheduler.is_alone(worker)
         failed = self._scheduler.crash(worker)
-        if not failed:
-            node = self._workers[worker].node
-            self._listen(Note(f"{node}: {report.crash.what}: its lines are retried one at a time"))
+        node = self._workers.pop(worker).node
         for task in failed:
             self._fail(task, report.crash)
-        del self._workers[worker]
+        if self._scheduler.is_bad(worker, node):
+            self._refuse(worker, node)
+            return
+        if not alone:
+            self._listen(Note(f"{node}: {report.crash.what}: its lines are retried one at a time"))
         self._cluster.reload(worker)
+
+    def _refuse(self, worker: str, node: str) -> None:
+        """Use a worker no more that fails with lines that others can answer."""
+        self._scheduler.lose(worker)
+        self._cluster.discard(worker, for_good=True)
+        self._listen(Note(f"a worker on {node} is not used any more: other workers answer lines that end it"))
 
     def _give(self, worker: str) -> bool:
         """Give a worker its next lines. False if it has nothing to do; it then waits in `_idle`."""
@@ -235,7 +247,7 @@ class _Run:
     def _wake(self) -> None:
         """Give lines to idle workers, if there are some again."""
         for worker in list(self._idle):
-            if not self._give(worker):
+            if not self._give(worker) and not self._scheduler.n_suspects:
                 break
 
     def _group(self, task: int, n_most: int) -> int:
@@ -254,12 +266,13 @@ class _Run:
         self._workers[worker].summary.n_records += 1
         self._records.add(answer.task, Record(key, answer.content, answer.failure))
 
-    def _lose(self, worker: str, fault: Fault) -> None:
-        """Hand out the lines of a worker again. Those that were lost too often have failed."""
+    def _lose(self, worker: str, node: str, reason: str) -> None:
+        """Hand out the lines of a worker again. A line that was lost too often has failed."""
         self._idle.pop(worker, None)
-        if self._workers.pop(worker, None) is not None:
-            for task in self._scheduler.lose(worker):
-                self._fail(task, fault)
+        self._workers.pop(worker, None)
+        what = f"the worker that had this line was lost, repeatedly; the last one on {node}: {reason}"
+        for task in self._scheduler.lose(worker):
+            self._fail(task, Fault("worker_lost_error", "worker_lost_error", what))
 
     def _fail(self, task: int, fault: Fault) -> None:
         line = self._job.line_at(*self._entries.pop(task))
@@ -286,9 +299,9 @@ class _Run:
         self._reported = now
         for worker, state in list(self._workers.items()):
             if self._scheduler.holds(worker) and now - state.busy_since > SILENT_SECONDS:
-                self._listen(Note(f"a worker on {state.node} is replaced: {_STALLED.what}"))
+                self._listen(Note(f"a worker on {state.node} is replaced: {_STALLED}"))
                 self._cluster.discard(worker, for_good=False)
-                self._lose(worker, _STALLED)
+                self._lose(worker, state.node, _STALLED)
         self._listen(Advanced(0, self._detail()))
 
     def _detail(self) -> str:

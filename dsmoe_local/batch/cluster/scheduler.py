@@ -3,20 +3,25 @@
 Tasks are handed out in groups of neighbours, which have common prefixes, so that each is read by one worker.
 Groups shrink towards the end. A worker without work then takes half of the largest group that is left, and
 after that copies of the tasks that other workers have had for too long. The first answer counts.
+
+A task that may have ended its worker is a suspect: it is tried alone, and again alone elsewhere, before it
+has failed. So a broken worker does not fail tasks that others can answer.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 _MAX_GROUP = 64
 """The largest group. A worker keeps a prefix in its KV cache, so more would not save much."""
-_MAX_LOSSES = 4
-"""A task that was lost this often with its worker has failed."""
 _LOSSES_TOGETHER = 2
-"""A task that was lost this often is tried on its own, so that it takes no other tasks with it."""
+"""A task that was lost this often with its worker is a suspect."""
+_MAX_TRIALS = 2
+"""A suspect that ended this many workers alone has failed."""
+_MAX_FAILURES = 3
+"""A worker that ended this often without an answer in between is bad, if other workers do better."""
 _COPY_AFTER = 2.0
 """Tasks are copied when they have taken this many times as long as the mean."""
 
@@ -26,7 +31,8 @@ class _Worker:
     capacity: int
     group: deque[int] = field(default_factory=deque)  # not given to the worker yet
     held: dict[int, float] = field(default_factory=dict)  # given to the worker, with the time
-    alone: bool = False  # it has one task, which may crash its engine
+    alone: bool = False  # it has one task, a suspect
+    drains: bool = False  # it gets no more tasks, so that it can take a suspect
 
 
 class Scheduler:
@@ -49,6 +55,13 @@ class Scheduler:
         self._holders: dict[int, list[str]] = {}  # of each task that is being answered
         self._uncopied: dict[int, str] = {}  # tasks with one holder, the oldest first
         self._losses: dict[int, int] = {}
+        self._nodes: dict[str, str] = {}  # of the workers that are ready, or will join again after a crash
+        self._trials: dict[
+            int, list[tuple[str, str]]
+        ] = {}  # the workers, and nodes, that a suspect has ended
+        # Crashes of workers, and losses on nodes, since the last answer from there.
+        self._failures: Counter[str] = Counter()
+        self._guilty: set[str] = set()  # workers and nodes whose suspects were answered elsewhere
         self._n_timed = 0
         self._seconds = 0.0
 
@@ -63,22 +76,46 @@ class Scheduler:
         """The workers that are ready."""
         return self._workers
 
-    def join(self, worker: str, capacity: int) -> None:
-        """Add a worker without tasks, which should have `capacity` of them."""
+    @property
+    def n_suspects(self) -> int:
+        """The suspects that no worker has. Not every worker may take them."""
+        return len(self._suspects)
+
+    def join(self, worker: str, capacity: int, node: str = "") -> None:
+        """Add a worker of a node without tasks, which should have `capacity` of them."""
         self._workers[worker] = _Worker(capacity)
+        self._nodes[worker] = node
+
+    def is_bad(self, worker: str, node: str) -> bool:
+        """True if a worker, or those of its node, end again and again with tasks that others can answer."""
+        if not any(other != worker for other in self._nodes):
+            return False
+        return any(self._failures[name] >= _MAX_FAILURES and name in self._guilty for name in (worker, node))
 
     def holds(self, worker: str) -> bool:
         """True if the worker has tasks to answer."""
         return bool(self._workers[worker].held)
+
+    def is_alone(self, worker: str) -> bool:
+        """True if the worker has one task, a suspect."""
+        return self._workers[worker].alone
 
     def take(self, worker: str, now: float, before: int) -> list[int]:
         """Return the tasks to give to a worker now. Tasks from `before` on are not handed out yet."""
         state = self._workers[worker]
         if state.alone:
             return []
-        if self._suspects and not state.held:
+        suspect = self._suspect_for(worker)
+        if suspect is None:
+            state.drains = False
+        elif not state.held:
+            self._suspects.remove(suspect)
             state.alone = True
-            return [self._hand_out(self._suspects.popleft(), worker, now)]
+            return [self._hand_out(suspect, worker, now)]
+        elif state.drains or not any(other.alone or other.drains for other in self._workers.values()):
+            # A worker that has just joined is often the one that suspects have ended before.
+            state.drains = True
+            return []
         tasks = []
         for _ in range(self._room(state)):
             task = self._next_task(state, before)
@@ -94,47 +131,89 @@ class Scheduler:
         state = self._workers[worker]
         given = state.held.pop(task)
         state.alone = False
+        for name in (worker, self._nodes[worker]):
+            self._failures.pop(name, None)
+            self._guilty.discard(name)
         # Another worker may still work on a copy, and hold it until then.
         if self._holders.pop(task, None) is None:
             return False
         self._uncopied.pop(task, None)
         self._losses.pop(task, None)
+        for trial in self._trials.pop(task, ()):
+            self._guilty.update(name for name in trial if name not in (worker, self._nodes[worker]))
         self.n_unanswered -= 1
         self._n_timed += 1
         self._seconds += now - given
         return True
 
     def crash(self, worker: str) -> list[int]:
-        """The engine of a worker has died. Return the task that it had on its own, which has failed.
+        """The engine of a worker has died. Return the task that it had alone, if this task has failed.
 
-        If it had several, each of them will be tried on its own. The worker must join again.
+        The worker must join again, or be lost.
         """
         alone = self._workers[worker].alone
+        self._failures[worker] += 1
         tasks = self._remove(worker)
         if alone:
-            return tasks
+            return [task for task in tasks if self._tried(task, worker, self._nodes[worker])]
         self._suspects.extend(tasks)
         return []
 
     def lose(self, worker: str) -> list[int]:
-        """A worker is gone. Return the tasks that were lost so often that they have failed."""
+        """A worker is gone. Return the task that it had alone, if this task has failed."""
+        node = self._nodes.pop(worker, "")
         if worker not in self._workers:
             return []
-        failed = []
-        for task in self._remove(worker):
+        alone = self._workers[worker].alone
+        self._failures[node] += 1
+        tasks = self._remove(worker)
+        if alone:
+            return [task for task in tasks if self._tried(task, worker, node)]
+        for task in reversed(tasks):
             self._losses[task] = n_losses = self._losses.get(task, 0) + 1
-            if n_losses >= _MAX_LOSSES:
-                failed.append(task)
-            elif n_losses >= _LOSSES_TOGETHER:
+            if n_losses >= _LOSSES_TOGETHER:
                 self._suspects.append(task)
             else:
-                self._returned.append(task)
-        return failed
+                self._returned.appendleft(task)  # first, so that one that ends its workers is found soon
+        return []
 
     def fail(self, task: int) -> None:
         """A task that `crash` or `lose` returned has an error record."""
         self._losses.pop(task, None)
+        self._trials.pop(task, None)
         self.n_unanswered -= 1
+
+    def _tried(self, task: int, worker: str, node: str) -> bool:
+        """A suspect has ended a worker. True if it has failed; if not, it is tried elsewhere."""
+        trials = self._trials.setdefault(task, [])
+        trials.append((worker, node))
+        if len(trials) >= _MAX_TRIALS or (worker in self._nodes and not self._is_new_to_any(task)):
+            return True
+        self._suspects.appendleft(task)  # first, so that a bad worker is found soon
+        return False
+
+    def _suspect_for(self, worker: str) -> int | None:
+        """Return the first suspect that a worker may take: one that has not ended it or its node before.
+
+        It may take any suspect that has no other place to go.
+        """
+        for task in self._suspects:
+            if self._is_new(task, worker) or not self._is_new_to_any(task):
+                return task
+        return None
+
+    def _is_new_to_any(self, task: int) -> bool:
+        return any(self._is_new(task, worker) for worker in self._nodes)
+
+    def _is_new(self, task: int, worker: str) -> bool:
+        """True if a suspect was not tried on a worker's node; if there is only one node, with the worker."""
+        trials = self._trials.get(task)
+        if not trials:
+            return True
+        node = self._nodes[worker]
+        if any(other != node for other in self._nodes.values()):
+            return all(tried != node for _, tried in trials)
+        return all(tried != worker for tried, _ in trials)
 
     def _remove(self, worker: str) -> list[int]:
         """Remove a worker. Return its tasks that no other worker has."""
