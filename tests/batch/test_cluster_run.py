@@ -199,6 +199,25 @@ def test_slow_workers_cost_little(tmp_path: Path) -> None:
     assert cluster.n_lines < 1.1 * 2000
 
 
+def test_a_slow_worker_with_ordered(tmp_path: Path) -> None:
+    """Guards: --ordered that stands still at the limit of unwritten records, or beyond it in memory, while
+    the worker with the first line is slow.
+    """
+    n_lines = 3000
+    options = options_of(tmp_path, n_lines, ordered=True)
+
+    class Stuck(SimulatedCluster):
+        def give(self, worker: str, items: Sequence[Item]) -> None:
+            if worker == "worker-0":
+                self._workers[worker].speed = 1e-4
+            super().give(worker, items)
+
+    cluster = Stuck(behaviour())
+    run(cluster, options)
+    check(options, n_lines)
+    assert cluster.now < 2 * n_lines * 0.4 / (3 * 4)
+
+
 def test_a_new_worker_is_used(tmp_path: Path) -> None:
     """Guards: a node that is added and stays idle."""
     options = options_of(tmp_path, 2000)

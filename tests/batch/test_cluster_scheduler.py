@@ -90,6 +90,18 @@ def test_late_tasks_are_copied_once() -> None:
     assert made.n_waiting == 0
 
 
+def test_late_tasks_are_copied_at_the_limit() -> None:
+    """Guards: --ordered with one slow line: all other workers wait for it, and answer nothing more."""
+    made = Scheduler(100, whole, ordered=True)
+    join(made, slow="a", fast="b")
+    assert made.take("slow", 0.0, 4) == [0, 1]
+    assert made.take("fast", 0.0, 4) == [2, 3]
+    assert [made.answer("fast", task, 1.0) for task in (2, 3)] == [True, True]
+    assert made.take("fast", 1.5, 4) == []
+    assert made.n_waiting == 96
+    assert made.take("fast", 9.0, 4) == [0, 1]
+
+
 def test_only_the_culprit_of_a_crash_fails() -> None:
     """Guards: lines that fail because another line crashed the engine; a line that is retried for ever."""
     made = scheduler(3, a=3)

@@ -117,12 +117,14 @@ class Scheduler:
             state.drains = True
             return []
         tasks = []
-        for _ in range(self._room(state)):
+        room = self._room(state)
+        for _ in range(room):
             task = self._next_task(state, before)
             if task is None:
                 break
             tasks.append(self._hand_out(task, worker, now))
-        if not tasks and not self.n_waiting:
+        # With room but no tasks, the worker waits for `before`, which a late task may hold back.
+        if not tasks and (room > 0 or not self.n_waiting):
             tasks = [self._hand_out(task, worker, now) for task in self._late(worker, state, now)]
         return tasks
 
