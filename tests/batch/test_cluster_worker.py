@@ -84,6 +84,26 @@ def test_a_crash_and_the_next_load(worker: Worker) -> None:
     assert answers(worker, item(1, prompt="abc"))[1]["text"] == "abc"
 
 
+def test_a_model_that_is_replaced_before_the_next_load(tmp_path: Path) -> None:
+    """Guards: after a crash, replies of another model with the fingerprint of the first; a copy of the right
+    model that is not used then.
+    """
+    path = tmp_path / tiny_model().name
+    content = tiny_model().read_bytes()
+    path.write_bytes(content)
+    worker = Worker(options(model=ModelOptions(path)), n_cpus=1)
+    assert isinstance(worker.load(), Loaded)
+    assert worker.work([item(0, prompt="signal SIGSEGV")], 20.0, 0.0).crash is not None
+    path.write_bytes(content[:-1] + b"?")
+    missing = worker.load()
+    assert isinstance(missing, NoModel)
+    assert missing.fault.what == "another file has the name of the model"
+    assert copied(worker, content) is None
+    assert isinstance(worker.load(), Loaded)
+    assert answers(worker, item(1, prompt="abc"))[1]["text"] == "abc"
+    worker.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

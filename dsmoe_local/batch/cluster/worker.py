@@ -93,9 +93,12 @@ class Worker:
         try:
             if self._engine is None:
                 _check_version(self._options.version)
-                path = self._find_model()
-                if isinstance(path, NoModel):
-                    return path
+            # After a crash, too: the file may have been replaced.
+            path = self._find_model()
+            if isinstance(path, NoModel):
+                return path
+            if self._engine is None or path != self._engine.options.path:
+                self.close()
                 self._engine = EngineClient.load(
                     self._model_options(path), log_file=self._options.log_file, factory=self._options.factory
                 )
