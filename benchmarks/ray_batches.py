@@ -29,7 +29,8 @@ from benchmarks.support.simulated_cluster import Behaviour, SimulatedCluster
 from benchmarks.support.tables import show
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.cluster.interface import Cluster, Event, Joined
-from dsmoe_local.batch.cluster.ray_cluster import RayCluster, RayOptions
+from dsmoe_local.batch.cluster.placement import RayOptions
+from dsmoe_local.batch.cluster.ray_cluster import RayCluster
 from dsmoe_local.batch.cluster.ray_connection import LOCAL
 from dsmoe_local.batch.cluster.run import run_on_cluster
 from dsmoe_local.batch.cluster.worker import WorkerOptions

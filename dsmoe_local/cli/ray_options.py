@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsmoe_local.base.progress import Listener
-    from dsmoe_local.batch.cluster.ray_cluster import RayOptions
+    from dsmoe_local.batch.cluster.placement import RayOptions
     from dsmoe_local.batch.job import Job
     from dsmoe_local.engine.types import ModelOptions
 
@@ -82,7 +82,7 @@ ray_options = all_of(
         "GPUs of each worker. -t sets its CPUs.",
         typed(click.IntRange(0), "N"),
         Group.CLUSTER,
-        shown="its part of the node's",
+        shown="its part of the node's, at least 1 if it has some",
     ),
     option(
         "--ray-memory",
@@ -113,7 +113,7 @@ def take_ray_options(values: dict[str, Any]) -> RayOptions | None:
         return None
     if values["workers"]:
         raise UsageError("--ray and --rpc are both given", remedy="leave one of them out")
-    from dsmoe_local.batch.cluster.ray_cluster import RayOptions
+    from dsmoe_local.batch.cluster.placement import RayOptions
 
     return RayOptions(address, n_workers or None, values["n_threads"], n_gpus, memory, ship_model)
 

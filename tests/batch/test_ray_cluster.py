@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,9 +22,10 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, MissingExtraError
 from dsmoe_local.base.progress import Event, Note
-from dsmoe_local.batch.cluster import run
-from dsmoe_local.batch.cluster.interface import Item
-from dsmoe_local.batch.cluster.ray_cluster import RayCluster, RayOptions
+from dsmoe_local.batch.cluster import ray_cluster, run
+from dsmoe_local.batch.cluster.interface import Fault, Item, Joined, Refused
+from dsmoe_local.batch.cluster.placement import RayOptions
+from dsmoe_local.batch.cluster.ray_cluster import RayCluster
 from dsmoe_local.batch.cluster.ray_connection import import_ray
 from dsmoe_local.batch.cluster.worker import WorkerOptions
 from dsmoe_local.batch.job import BatchOptions, prepared
@@ -271,6 +273,53 @@ def test_a_model_that_nodes_do_not_have(nodes: Nodes, tmp_path: Path, only_here:
     (copy,) = cache.rglob("*.gguf")
     assert copy.read_bytes() == tiny_model().read_bytes()
     assert [path.name for path in copy.parent.parent.iterdir()] == [copy.parent.name]
+
+
+def worker_options(options: BatchOptions, **changes: Any) -> WorkerOptions:
+    model = ModelOptions(tiny_model(), n_threads=1)
+    values = {"factory": hosted.FAKE, "n_parallel": 2, **changes}
+    return WorkerOptions(options, model, file_identity(tiny_model()), Workload(1, 1, 1), **values)
+
+
+def test_a_cluster_that_others_use(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a wait without an end or a message; a worker that does not start when there is room again."""
+    monkeypatch.setattr(ray_cluster, "_START_SECONDS", 0.0)
+    notes: list[str] = []
+    found: list[Any] = []
+    worker = worker_options(options_of(tmp_path, 1))
+    stop = threading.Event()
+    with closing(
+        RayCluster(RayOptions(nodes.address), worker, lambda event: notes.append(str(event)), stop)
+    ) as cluster:
+        other = cluster._ray.remote(num_cpus=1)(type("Other", (), {}))
+        others = [other.remote() for _ in nodes.nodes]
+        cluster._ray.get([each.__ray_ready__.remote() for each in others])
+        while not any("cannot start yet: one needs 1 CPU" in note for note in notes):
+            found += cluster.poll(0.1)
+        assert found == []
+        for each in others:
+            cluster._ray.kill(each)
+        while not any(isinstance(event, Joined) for event in found):
+            found += cluster.poll(0.1)
+
+
+def test_a_minute_for_a_new_node(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a batch that fails at once after hours, because some node was refused at its start."""
+    worker = worker_options(options_of(tmp_path, 1))
+    stop = threading.Event()
+    cluster = RayCluster(RayOptions(nodes.address, n_workers=1), worker, lambda event: None, stop)
+    with closing(cluster):
+        joined = None
+        while joined is None:
+            joined = next((event for event in cluster.poll(0.1) if isinstance(event, Joined)), None)
+        cluster._refused = Refused("another", "another node", Fault("", "", "the model is missing"))
+        cluster._placement.limits = {node["NodeID"]: 0 for node in cluster._ray.nodes()}
+        cluster.discard(joined.worker, for_good=False)
+        assert list(cluster.poll(0)) == []
+        monkeypatch.setattr(ray_cluster, "_NODE_SECONDS", 0.0)
+        cluster._looked = -math.inf
+        with pytest.raises(DsmoeError, match="another node: the model is missing"):
+            cluster.poll(0)
 
 
 def test_no_node_has_room(nodes: Nodes, tmp_path: Path) -> None:

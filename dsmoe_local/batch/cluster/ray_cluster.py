@@ -16,7 +16,7 @@ from typing import Any
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.batch.cluster.interface import (
     Event,
     Fault,
@@ -27,7 +27,8 @@ from dsmoe_local.batch.cluster.interface import (
     Report,
     Reported,
 )
-from dsmoe_local.batch.cluster.ray_connection import AUTO, LOCAL, connect, import_ray
+from dsmoe_local.batch.cluster.placement import Node, Placement, RayOptions, no_room, node_of, waiting_note
+from dsmoe_local.batch.cluster.ray_connection import LOCAL, connect, import_ray
 from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
 from dsmoe_local.model.gguf_split import read_parts
 
@@ -35,6 +36,7 @@ _CHUNK = 16 << 20  # of a model that is copied
 _NODES_SECONDS = 2.0  # between looks for new nodes
 _NODE_SECONDS = 60.0  # the wait for a new node when the last worker was lost
 _COPY_SECONDS = 2.0  # between looks for a model that another worker or run copies
+_START_SECONDS = 20.0  # of a worker's process, until the user is told that it waits for resources
 _HEARTBEAT_SECONDS = 1.0
 _CALL_SECONDS = 0.002  # what a report costs here: workers wait so long for more answers, times their number
 _MAX_WAIT_SECONDS = 2.0
@@ -43,24 +45,8 @@ _NODE_DIED = re.compile(r"because (its|the) node")
 _MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
 
 
-@dataclass(frozen=True, slots=True)
-class RayOptions:
-    """Where the cluster is, and what its workers get.
-
-    `address` is LOCAL, AUTO or HOST:PORT. `n_workers` None: as many as have room. `n_cpus`, `n_gpus` and
-    `memory` (bytes) are reserved for each worker; None: an equal part of the node, and no memory.
-    `ship_model`: nodes without the model get a copy.
-    """
-
-    address: str = AUTO
-    n_workers: int | None = None
-    n_cpus: int | None = None
-    n_gpus: int | None = None
-    memory: int | None = None
-    ship_model: bool = False
-
-
 class _Stage(Enum):
+    STARTING = auto()  # its process, once Ray has the resources
     LOADING = auto()
     COPYING = auto()
     WAITING = auto()  # for a copy of the model by another worker or run
@@ -75,23 +61,13 @@ class _Member:
     """
 
     name: str
-    node: _Node
+    node: Node
     actor: Any
-    stage: _Stage = _Stage.LOADING
+    started: float
+    stage: _Stage = _Stage.STARTING
     call: Any = None
     copy: Iterator[Any] | None = None
     load_at: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A node with its total resources."""
-
-    id: str
-    name: str
-    n_cpus: int
-    n_gpus: int
-    memory: int
 
 
 class RayCluster:
@@ -117,10 +93,11 @@ class RayCluster:
         # A copy of the options in the object store, for all workers.
         self._shared = self._ray.put(worker)
         self._n_started = 0
-        self._noted = False
+        self._noted: set[str] = set()
+        self._joined = False  # at least one worker
+        self._placement = Placement(options)
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
-        self._n_most: dict[str, int] = {}  # workers that a node can have, if less than have room
         self._deaths: Counter[str] = Counter()
         self._looked = -math.inf
         self._refused: Refused | None = None  # the last node
@@ -166,7 +143,7 @@ class RayCluster:
         member = self._members[worker]
         self._remove(member)
         if for_good:
-            self._n_most[member.node.id] = self._n_workers(member.node)
+            self._placement.limits[member.node.id] = self._n_workers(member.node)
 
     def close(self) -> None:
         """See Cluster."""
@@ -183,88 +160,69 @@ class RayCluster:
         if now - self._looked < _NODES_SECONDS:
             return
         self._looked = now
-        nodes = [_node(found) for found in self._ray.nodes() if found["Alive"]]
-        n_wanted = self._options.n_workers
-        each = 1 if n_wanted is None else -(-n_wanted // max(1, len(nodes)))
+        nodes = [node_of(found) for found in self._ray.nodes() if found["Alive"]]
         n_workers = Counter(member.node.id for member in self._members.values())
-        room = {node.id: self._room(node, each) for node in nodes}
-        while n_wanted is None or len(self._members) < n_wanted:
-            free = [node for node in nodes if n_workers[node.id] < room[node.id]]
-            if not free:
-                self._note_few_workers()
+        n_wanted = self._options.n_workers
+        for node in self._placement.places(nodes, n_workers):
+            if len(self._members) == n_wanted:
                 break
-            node = min(free, key=lambda node: n_workers[node.id])
-            self._start(node, each)
-            n_workers[node.id] += 1
+            self._start(node)
+        self._note_few_workers(now)
         self._check_workers(nodes, now)
 
-    def _note_few_workers(self) -> None:
-        """Tell the user once if fewer workers have room than were asked for."""
+    def _note_few_workers(self, now: float) -> None:
+        """Tell the user, once each, that workers have no room, or wait for resources that others use."""
         n_wanted, n_workers = self._options.n_workers, len(self._members)
-        if n_wanted and n_workers and not self._noted:
-            self._noted = True
-            self._listen(
-                Note(
-                    f"only {n_workers} of {n_wanted} workers have room; others start on nodes that are added"
-                )
+        if n_wanted and 0 < n_workers < n_wanted:
+            self._note_once(
+                "room",
+                f"only {n_workers} of {n_wanted} workers have room, see -t, --ray-gpus and --ray-memory;"
+                " others start on nodes that are added",
             )
+        waiting = [
+            member
+            for member in self._members.values()
+            if member.stage is _Stage.STARTING and now - member.started > _START_SECONDS
+        ]
+        if waiting:
+            needs = self._placement.needs(waiting[0].node)
+            self._note_once("busy", waiting_note(len(waiting), needs, self._ray.available_resources()))
 
-    def _check_workers(self, nodes: Sequence[_Node], now: float) -> None:
+    def _note_once(self, kind: str, text: str) -> None:
+        if kind not in self._noted:
+            self._noted.add(kind)
+            self._listen(Note(text))
+
+    def _check_workers(self, nodes: Sequence[Node], now: float) -> None:
         """Raise DsmoeError if there is no worker, and a new node would not help or did not come."""
         if self._members:
             self._empty_since = None
             return
-        if self._refused is not None:
-            fault = self._refused.fault
-            raise DsmoeError(f"{self._refused.node}: {fault.what}", where=fault.where, remedy=fault.remedy)
         self._empty_since = self._empty_since or now
-        if not self._n_started or now - self._empty_since > _NODE_SECONDS:
-            raise self._no_room(nodes)
+        may_come = self._joined or (self._n_started and self._refused is None)
+        if may_come and self._options.address != LOCAL and now - self._empty_since < _NODE_SECONDS:
+            return
+        if self._refused is None:
+            raise no_room(nodes)
+        fault = self._refused.fault
+        raise DsmoeError(f"{self._refused.node}: {fault.what}", where=fault.where, remedy=fault.remedy)
 
-    def _n_workers(self, node: _Node) -> int:
+    def _n_workers(self, node: Node) -> int:
         return sum(member.node.id == node.id for member in self._members.values())
 
-    def _needs(self, node: _Node, each: int) -> dict[str, int]:
-        """Return what Ray reserves for a worker on a node that has `each` of them."""
-        options = self._options
-        n_cpus = options.n_cpus or max(1, node.n_cpus // each)
-        n_gpus = node.n_gpus // max(1, node.n_cpus // n_cpus) if options.n_gpus is None else options.n_gpus
-        return {"num_cpus": n_cpus, "num_gpus": n_gpus, "memory": options.memory or 0}
-
-    def _room(self, node: _Node, each: int) -> int:
-        """Return how many workers a node can have."""
-        needs = self._needs(node, each)
-        has = {"num_cpus": node.n_cpus, "num_gpus": node.n_gpus, "memory": node.memory}
-        room = min(has[name] // needed for name, needed in needs.items() if needed)
-        return min(room, self._n_most.get(node.id, room))
-
-    def _no_room(self, nodes: Sequence[_Node]) -> DsmoeError:
-        largest = max(nodes, key=lambda node: (node.n_gpus, node.n_cpus), default=None)
-        where = count(len(nodes), "node")
-        if largest is not None:
-            where += (
-                f"; {largest.name} has {count(largest.n_cpus, 'CPU')}, {count(largest.n_gpus, 'GPU')},"
-                f" {format_size(largest.memory)}"
-            )
-        return DsmoeError(
-            "no node of the cluster has room for a worker",
-            where=where,
-            remedy="ask for less: -t (CPUs), --ray-gpus, --ray-memory",
-        )
-
-    def _start(self, node: _Node, each: int) -> None:
+    def _start(self, node: Node) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        needs = self._needs(node, each)
+        needs = self._placement.needs(node)
         actor = (
             self._ray.remote(Worker)
             .options(**needs, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
             .remote(self._shared, needs["num_cpus"])
         )
         self._n_started += 1
-        member = _Member(f"worker-{self._n_started}", node, actor)
+        member = _Member(f"worker-{self._n_started}", node, actor, time.monotonic())
         self._members[member.name] = member
-        self._load(member)
+        member.call = actor.__ray_ready__.remote()
 
     def _load(self, member: _Member) -> None:
         member.stage, member.call = _Stage.LOADING, member.actor.load.remote()
@@ -283,17 +241,19 @@ class RayCluster:
         except self._ray.exceptions.RayError as error:
             self._lose(member, error)
             return
-        if isinstance(value, Report):
+        if member.stage is _Stage.STARTING:
+            self._load(member)
+        elif isinstance(value, Report):
             self._events.append(Reported(member.name, value))
         elif isinstance(value, Loaded):
-            member.stage = _Stage.WORKING
+            member.stage, self._joined = _Stage.WORKING, True
             self._deaths.pop(member.node.id, None)
             self._events.append(Joined(member.name, member.node.name, value.info, value.capacity))
         elif isinstance(value, NoModel) and self._options.ship_model:
             self._copy_model(member)
         elif isinstance(value, NoModel):
             self._refuse(member, value.fault)
-            self._n_most[member.node.id] = 0
+            self._placement.limits[member.node.id] = 0
         elif isinstance(value, LoadLater):
             self._load_later(member)
         elif isinstance(value, Fault):
@@ -303,7 +263,7 @@ class RayCluster:
 
     def _refuse(self, member: _Member, fault: Fault) -> None:
         self._remove(member)
-        self._n_most[member.node.id] = self._n_workers(member.node)
+        self._placement.limits[member.node.id] = self._n_workers(member.node)
         self._refused = Refused(member.name, member.node.name, fault)
         self._events.append(self._refused)
 
@@ -353,19 +313,6 @@ class RayCluster:
         member.call = next(member.copy, None)
         if member.call is None:
             self._load(member)
-
-
-def _node(found: dict[str, Any]) -> _Node:
-    """Return a node as `ray.nodes()` describes it."""
-    resources = found["Resources"]
-    name = f"{found['NodeManagerHostname']} ({found['NodeManagerAddress']}, node {found['NodeID'][:6]})"
-    return _Node(
-        found["NodeID"],
-        safe_line(name, 80),
-        int(resources.get("CPU", 0)),
-        int(resources.get("GPU", 0)),
-        int(resources.get("memory", 0)),
-    )
 
 
 def _reason(error: Exception) -> str:
