@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dsmoe_local.engine.types import ModelOptions
 
 _AUTO = "auto"
+_LEAST_MEMORY = 1 << 20  # a smaller number without a unit is a mistake
 _ADDRESS = re.compile(r"local|auto|[\w.\-]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}")
 _OTHERS = ("ray_workers", "ray_gpus", "ray_memory", "ship_model")
 
@@ -52,7 +53,7 @@ def _n_workers(text: str) -> int:
 def _memory(text: str) -> int:
     """Read a size in bytes."""
     try:
-        return parse_size(text)
+        return parse_size(text, _LEAST_MEMORY)
     except UsageError as error:
         raise ValueError(f"{error.what}: {error.remedy}") from error
 
@@ -137,7 +138,8 @@ def run_on_ray(
     template = Path(values["chat_template"] or "")
     workload, n_workers = job.workload, options.n_workers or 1
     worker = WorkerOptions(
-        batch=job.options,
+        # Workers read no input. Addresses may contain passwords, which must stay on this machine.
+        batch=replace(job.options, sources=(), address=None, settings={}, names={}),
         model=complete(loading_options(model.absolute(), values)),
         identity=job.options.settings["model"],
         workload=replace(

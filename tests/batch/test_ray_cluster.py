@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from support import hosted
 from support.batches import answer, batch, by_id, records, write_lines
 from support.models import tiny_model
@@ -29,6 +31,7 @@ from dsmoe_local.batch.cluster.ray_cluster import RayCluster
 from dsmoe_local.batch.cluster.ray_connection import import_ray
 from dsmoe_local.batch.cluster.worker import WorkerOptions
 from dsmoe_local.batch.job import BatchOptions, prepared
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -344,6 +347,22 @@ def test_nothing_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"dsmoe-local\[ray\]"):
         connect("local")
+
+
+def test_addresses_stay_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: passwords in the URLs of inputs and outputs that are sent to all nodes."""
+    sent: list[bytes] = []
+
+    def connect(options: RayOptions, worker: WorkerOptions, *_: object) -> None:
+        sent.append(pickle.dumps(worker))
+        raise DsmoeError("this is far enough")
+
+    monkeypatch.setattr(ray_cluster, "RayCluster", connect)
+    source, out = write_lines(tmp_path / "password.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
+    words = [str(source), "-o", str(out), "-m", str(tiny_model()), "-t", "1", "--ray", "local"]
+    assert CliRunner().invoke(load_command("batch"), words).exit_code == 1
+    assert len(sent) == 1
+    assert b"password" not in sent[0]
 
 
 _CONNECT_LOCALLY = """

@@ -68,6 +68,10 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ["--ray and --rpc are both given", "leave one of them out"],
         ),
         (
+            ("batch", "in.jsonl", "-o", "out.jsonl", "--ray", "local", "--ray-memory", "8"),
+            ["Invalid value for '--ray-memory': 8 is 8 bytes: write a unit, as in 8MB or 8GiB"],
+        ),
+        (
             ("plan", "x", "-c", "16k"),
             ["Invalid value for '-c' / '--ctx-size': '16k' is not a whole number: write 16384"],
         ),
