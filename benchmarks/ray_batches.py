@@ -2,12 +2,14 @@
 
     python benchmarks/ray_batches.py [--workers 1000] [--records 200000]
     python benchmarks/ray_batches.py MODEL.gguf [--requests 48] [--tokens 64] [--rounds 3]
+    python benchmarks/ray_batches.py --calls 2000
 
 Without a model, workers are simulated: they have different speeds, die, hang and crash, but take no time. All
 time is that of the driver: it reads the input, hands out lines, receives records and writes them with the
-journal, synced, to the folder for temporary files. With a model, it compares one worker of a Ray cluster on
-this machine with the same engine without Ray, and two workers of one thread with one of two threads. Start-up
-is not counted. Tables, then JSON.
+journal, synced, to the folder for temporary files. Ray is not used: --calls measures what one of its calls
+costs the driver, with four actors on this machine that return a report of eight records at once. With a
+model, it compares one worker of a Ray cluster on this machine with the same engine without Ray, and two
+workers of one thread with one of two threads. Start-up is not counted. Tables, then JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import resource
 import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -28,10 +31,10 @@ from benchmarks.support.runner import in_turn
 from benchmarks.support.simulated_cluster import Behaviour, SimulatedCluster
 from benchmarks.support.tables import show
 from dsmoe_local.base.progress import ignore
-from dsmoe_local.batch.cluster.interface import Cluster, Event, Joined
+from dsmoe_local.batch.cluster.interface import Answer, Cluster, Event, Joined, Report
 from dsmoe_local.batch.cluster.placement import RayOptions
 from dsmoe_local.batch.cluster.ray_cluster import RayCluster
-from dsmoe_local.batch.cluster.ray_connection import LOCAL
+from dsmoe_local.batch.cluster.ray_connection import LOCAL, connect, import_ray
 from dsmoe_local.batch.cluster.run import run_on_cluster
 from dsmoe_local.batch.cluster.worker import WorkerOptions
 from dsmoe_local.batch.job import BatchOptions, prepared
@@ -91,6 +94,39 @@ def show_simulations(n_workers: int, n_records: int) -> dict[str, float]:
             cells.append((title, speed, share, again, f"{cluster.n_deaths:,}", f"{peak} MiB"))
     heads = ("workers", "records/s", "cluster in use", "given again", "deaths", "peak memory")
     show(f"{n_workers:,} simulated workers, {n_records:,} records", heads, "lrrrrr", cells)
+    return found
+
+
+class Echo:
+    """Returns what it is sent."""
+
+    def work(self, report: Report) -> Report:
+        """Return a report."""
+        return report
+
+
+def show_calls(n_calls: int) -> dict[str, float]:
+    """Call actors and print what a call costs. Return the driver's seconds of each, and those of its CPU."""
+    ray, closed = import_ray(LOCAL), threading.Event()
+    connect(ray, LOCAL, threading.Event(), closed)
+    report = Report([Answer(n, b"x" * 300, "") for n in range(8)])
+    actors = [ray.remote(Echo).remote() for _ in range(4)]
+    ray.get([actor.work.remote(report) for actor in actors])
+    calls = {actor.work.remote(report): actor for actor in actors}
+    began, began_cpu = time.perf_counter(), time.process_time()
+    for _ in range(n_calls):
+        (call,), _ = ray.wait(list(calls), timeout=None)
+        ray.get(call)
+        actor = calls.pop(call)
+        calls[actor.work.remote(report)] = actor
+    found = {
+        "seconds": (time.perf_counter() - began) / n_calls,
+        "CPU seconds": (time.process_time() - began_cpu) / n_calls,
+    }
+    ray.shutdown()
+    closed.set()
+    cells = [(title, f"{each * 1000:.2f} ms") for title, each in found.items()]
+    show(f"{n_calls:,} calls of {len(actors)} actors", ("each", "driver"), "lr", cells)
     return found
 
 
@@ -185,8 +221,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calls", type=int)
     given = parser.parse_args()
-    if given.model is None:
+    if given.calls:
+        print(json.dumps(show_calls(given.calls)))
+    elif given.model is None:
         print(json.dumps({"records_per_second": show_simulations(given.workers, given.records)}))
     else:
         print(json.dumps({"seconds": compare(given.model, given.requests, given.tokens, given.rounds)}))
