@@ -174,6 +174,24 @@ def test_a_copy_that_cannot_be_made(tmp_path: Path) -> None:
         assert worker.begin_copy(1) == LoadLater()
 
 
+@pytest.mark.parametrize(("n_workers", "n_threads"), [(1, 8), (2, 4), (16, 1)])
+def test_workers_of_one_node_share_it(
+    monkeypatch: pytest.MonkeyPatch, n_workers: int, n_threads: int
+) -> None:
+    """Guards: workers that together have more threads than cores, or KV caches than memory."""
+    monkeypatch.setattr("dsmoe_local.batch.cluster.worker.physical_cores", lambda: 8)
+    engines: list[int] = []
+
+    def choose(model: ModelOptions, *rest: object, n_engines: int) -> ModelOptions:
+        engines.append(n_engines)
+        return model
+
+    monkeypatch.setattr("dsmoe_local.batch.cluster.worker.choose_parallel", choose)
+    made = Worker(options(), n_cpus=max(1, 16 // n_workers), n_workers=n_workers)
+    assert made._model_options(tiny_model()).n_threads == n_threads
+    assert engines == [n_workers]
+
+
 def test_a_template_is_sent(tmp_path: Path) -> None:
     """Guards: --chat-template with a file that only the machine of the command has."""
     model = replace(options().model, chat_template=str(tmp_path / "gone.jinja"))

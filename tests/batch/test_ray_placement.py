@@ -25,13 +25,17 @@ def placed(placement: Placement, nodes: list[Node], has: Counter[str], n_most: i
         (RayOptions(n_cpus=8, n_gpus=0), Node("a", "a", 64, 4), 8, (8, 0, 0)),
         (RayOptions(n_cpus=1, memory=3), Node("a", "a", 8, 0, 7), 2, (1, 0, 3)),
         (RayOptions(n_workers=4), Node("a", "a", 8), 4, (2, 0, 0)),
+        (RayOptions(n_workers=2, n_cpus=1), Node("a", "a", 8), 2, (1, 0, 0)),
         (RayOptions(), Node("a", "a", 0), 0, (1, 0, 0)),
     ],
 )
 def test_what_a_node_gives(options: RayOptions, node: Node, n_workers: int, needs: tuple[int, ...]) -> None:
-    """Guards: GPUs that no worker uses because there are more workers than GPUs."""
+    """Guards: GPUs that no worker uses because there are more workers than GPUs; workers that do not know how
+    many share their node.
+    """
     placement = Placement(options)
-    assert placed(placement, [node], Counter()).total() == n_workers
+    assert placed(placement, [node], Counter(), options.n_workers or 99).total() == n_workers
+    assert placement.expected(node) == max(1, n_workers)
     assert tuple(placement.needs(node).values()) == needs
 
 

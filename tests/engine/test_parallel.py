@@ -94,15 +94,17 @@ def test_the_deterministic_width_does_not_follow_the_work() -> None:
 def test_as_many_as_fit_beside_the_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: caches of MLA planned as large as others; weights that are not loaded."""
+    """Guards: caches of MLA planned as large as others; weights that are not loaded; several engines on a
+    machine that each use all of its memory.
+    """
     path = write_tiny(tmp_path / "tiny.gguf", replace(FILES[name], n_context=256))
     file, hp = read_model(path)
     weights = sum(tensor.n_bytes for tensor in loaded_tensors(file, hp))
-    for n_parallel in (3, 7):
+    for n_parallel, n_engines in ((3, 1), (7, 1), (3, 4)):
         # Half of what is left is for the cache.
         room = 2 * n_parallel * 256 * kv_bytes_per_token(hp)
-        monkeypatch.setattr(parallel, "available_memory", lambda room=room: weights + room)
-        chosen = choose_parallel(ModelOptions(path), Workload(100, None, 100 * 256))
+        monkeypatch.setattr(parallel, "available_memory", lambda each=weights + room, n=n_engines: n * each)
+        chosen = choose_parallel(ModelOptions(path), Workload(100, None, 100 * 256), n_engines=n_engines)
         assert (chosen.n_parallel, chosen.unified, chosen.n_context) == (n_parallel, False, n_parallel * 256)
 
 

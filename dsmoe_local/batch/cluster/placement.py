@@ -76,6 +76,11 @@ class Placement:
             n_gpus = max(1, node.n_gpus // max(1, node.n_cpus // n_cpus)) if node.n_gpus else 0
         return {"num_cpus": n_cpus, "num_gpus": n_gpus, "memory": options.memory or 0}
 
+    def expected(self, node: Node) -> int:
+        """Return how many workers a node is likely to have, and so share its cores and its memory."""
+        room = self._room(node)
+        return max(1, room if self._options.n_workers is None else min(room, self._n_each))
+
     def _room(self, node: Node) -> int:
         has = {"num_cpus": node.n_cpus, "num_gpus": node.n_gpus, "memory": node.memory}
         room = min(has[name] // needed for name, needed in self.needs(node).items() if needed)

@@ -219,7 +219,7 @@ class RayCluster:
         actor = (
             self._ray.remote(Worker)
             .options(**needs, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
-            .remote(self._shared, needs["num_cpus"])
+            .remote(self._shared, needs["num_cpus"], self._placement.expected(node))
         )
         self._n_started += 1
         member = _Member(f"worker-{self._n_started}", node, actor, time.monotonic())

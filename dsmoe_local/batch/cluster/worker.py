@@ -78,9 +78,11 @@ Load: TypeAlias = Loaded | NoModel | Fault
 class Worker:
     """Answers lines with an engine in a child process. Methods must not be called at the same time."""
 
-    def __init__(self, options: WorkerOptions, n_cpus: int) -> None:
+    def __init__(self, options: WorkerOptions, n_cpus: int, n_workers: int = 1) -> None:
+        """Use `n_cpus` logical CPUs. `n_workers` share the cores and the memory of this machine."""
         self._options = options
         self._n_cpus = n_cpus
+        self._n_workers = n_workers
         self._engine: EngineClient | None = None
         self._lines: LineEngine | None = None
         self._finished: queue.SimpleQueue[Collector] = queue.SimpleQueue()
@@ -217,14 +219,15 @@ class Worker:
         options = self._options
         model = replace(options.model, path=path)
         if model.n_threads is None:
-            model = replace(model, n_threads=min(physical_cores(), self._n_cpus))
+            n_cores = max(1, physical_cores() // self._n_workers)
+            model = replace(model, n_threads=min(self._n_cpus, n_cores))
         if options.template is not None:
             # Named by its content: this process may be killed, and then leaves it behind.
             file = cache_folder() / "batch-templates" / f"{hash64(options.template):016x}.jinja"
             durable.make_folders(file.parent)
             durable.write_file(file, options.template)
             model = replace(model, chat_template=str(file))
-        return choose_parallel(model, options.workload, options.n_parallel)
+        return choose_parallel(model, options.workload, options.n_parallel, n_engines=self._n_workers)
 
 
 def _check_version(version: str) -> None:

@@ -47,15 +47,18 @@ class Parallel:
     n_context: int
 
 
-def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int | None = None) -> ModelOptions:
+def choose_parallel(
+    options: ModelOptions, workload: Workload, n_parallel: int | None = None, *, n_engines: int = 1
+) -> ModelOptions:
     """Return `options` with n_parallel, unified and n_context chosen for this machine and workload.
 
-    `n_parallel`, and the context length in `options`, are kept if they are given. Reads the model's header,
-    and raises the same errors about it as `Engine.load`.
+    `n_parallel`, and the context length in `options`, are kept if they are given. `n_engines` engines share
+    the memory of this machine. Reads the model's header, and raises the same errors about it as
+    `Engine.load`.
     """
     file, outline = read_any_model(options.path)
     weights = sum(tensor.n_bytes for tensor in loaded_tensors(file, outline))
-    available = _cache_tokens(options, outline, weights)
+    available = _cache_tokens(options, outline, weights, n_engines)
     stated = options.n_context is not None
     longest = _longest(workload, template_of(options, file, outline))
     if options.deterministic:
@@ -108,15 +111,15 @@ def _cells_each(n_longest: int | None, n_trained: int) -> int:
     return -(-longest // _STEP) * _STEP
 
 
-def _cache_tokens(options: ModelOptions, outline: ModelOutline, weights: int) -> int:
+def _cache_tokens(options: ModelOptions, outline: ModelOutline, weights: int, n_engines: int) -> int:
     """Return how many tokens of KV cache to use.
 
-    It is the requested context, or half of what fits beside the weights, but at least one full context. The
-    engine reduces it if it does not fit.
+    It is the requested context, or half of what fits beside the weights in an engine's share of the memory,
+    but at least one full context. The engine reduces it if it does not fit.
     """
     if options.n_context is not None:
         return options.n_context
     per_token = kv_bytes_per_token(outline, options.cache_type_k, options.cache_type_v)
     # Recurrent models have no KV cache.
-    half = max(0, available_memory() - weights) // 2 // max(1, per_token)
+    half = max(0, available_memory() // n_engines - weights) // 2 // max(1, per_token)
     return max(outline.n_context, min(half, MAX_PARALLEL * outline.n_context))
