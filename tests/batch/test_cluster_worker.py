@@ -17,6 +17,7 @@ from support.models import tiny_model
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.batch.cluster.interface import Fault, Item
+from dsmoe_local.batch.cluster.ray_cluster import _reason
 from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.lines import Key, Line
@@ -172,6 +173,23 @@ def test_a_copy_that_cannot_be_made(tmp_path: Path) -> None:
     assert "not enough disk space" in no_space.what
     with locked(worker._copy_folder):
         assert worker.begin_copy(1) == LoadLater()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("No module named 'dsmoe_local.batch.cluster'", "another version of dsmoe-local"),
+        (
+            "cannot import name 'Worker' from 'dsmoe_local.batch.cluster.worker'",
+            "another version of dsmoe-local",
+        ),
+        ("No module named 'dsmoe_local'", "the package dsmoe_local is not installed"),
+        ("No module named 'msgspec'", "the package msgspec is not installed"),
+    ],
+)
+def test_why_a_node_cannot_start_workers(text: str, reason: str) -> None:
+    """Guards: "not installed" on a node that has dsmoe-local, from before it could use Ray."""
+    assert _reason(RuntimeError(f"ModuleNotFoundError: {text}")).startswith(reason)
 
 
 @pytest.mark.parametrize(("n_workers", "n_threads"), [(1, 8), (2, 4), (16, 1)])

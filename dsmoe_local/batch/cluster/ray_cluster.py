@@ -44,6 +44,9 @@ _CALL_SECONDS = 0.002
 _MAX_WAIT_SECONDS = 2.0
 _MAX_DEATHS = 3  # of a node's workers before they have loaded the model
 _NODE_DIED = re.compile(r"because (its|the) node")
+_OTHER_VERSION = re.compile(
+    r"No module named 'dsmoe_local\.|cannot import name '\w+' from '[\w.]*dsmoe_local|attribute .*dsmoe_local"
+)
 _MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
 
 
@@ -320,6 +323,8 @@ class RayCluster:
 def _reason(error: Exception) -> str:
     """Return in words why an actor was lost."""
     text = str(error)
+    if _OTHER_VERSION.search(text):
+        return "another version of dsmoe-local is installed there; install the same on all nodes"
     if missing := _MISSING_MODULE.search(text):
         return f"the package {missing[1].partition('.')[0]} is not installed there"
     if _NODE_DIED.search(text):

@@ -99,7 +99,11 @@ def _announce(events: Sequence[Event], listen: Listener) -> None:
     """Tell the user about workers and nodes that were lost or cannot be used."""
     for event in events:
         if isinstance(event, Lost):
-            listen(Note(f"a worker on {event.node} was lost, its lines are handed out again: {event.reason}"))
+            listen(
+                Note(
+                    f"a worker on {event.node} was lost; others answer the lines that it had: {event.reason}"
+                )
+            )
         elif isinstance(event, Refused):
             listen(Note(f"a worker on {event.node} cannot be used: {event.fault.line}"))
 
