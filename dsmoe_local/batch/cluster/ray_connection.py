@@ -22,9 +22,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's handler of SIGTERM would replace ours, and print a stack.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-    # Do not print messages of the cluster's processes on stdout.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    # A worker without GPUs of its own may use what --device names.
+    # Workers of a local cluster for which no GPU is reserved may still use what --device names.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _OBJECT_STORE = 256 << 20  # of a cluster on this machine; only large messages use it
