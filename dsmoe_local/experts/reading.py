@@ -59,14 +59,17 @@ def _read(
 ) -> None:
     request = Request(request_id, window, SamplingParameters(temperature=0), max_tokens=1, score_from=0)
     read = 0
+    is_cancelled = False
     for event in engine.submit(request):
         if stop.is_set():
             engine.cancel(request_id)
         if event.progress is not None:
             listen(Advanced(event.progress.done - read))
             read = event.progress.done
-        if event.finish_reason is FinishReason.CANCELLED:
-            raise InterruptedRunError("interrupted before the end of the text")
+        is_cancelled = event.finish_reason is FinishReason.CANCELLED
+    # A short window may have been read before it could be cancelled.
+    if is_cancelled or stop.is_set():
+        raise InterruptedRunError("interrupted before the end of the text")
     listen(Advanced(max(0, len(window) - read)))
 
 
