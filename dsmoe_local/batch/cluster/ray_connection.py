@@ -37,8 +37,10 @@ def import_ray(address: str) -> Any:  # noqa: ANN401 - the module
     """Import Ray with the environment for a cluster at `address`. Raises MissingExtraError."""
     os.environ.update(_ENVIRONMENT)  # Ray reads it when it is imported
     if address == LOCAL:
-        # Ray's ports are open on all interfaces. Without the token, nobody can use them.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # Ray's ports are open on all interfaces. Without the token, nobody can use them. Ray reads it once,
+        # so that all clusters of a process have the same.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ImportError as error:
