@@ -56,9 +56,8 @@ class Scheduler:
         self._uncopied: dict[int, str] = {}  # tasks with one holder, the oldest first
         self._losses: dict[int, int] = {}
         self._nodes: dict[str, str] = {}  # of the workers that are ready, or will join again after a crash
-        self._trials: dict[
-            int, list[tuple[str, str]]
-        ] = {}  # the workers, and nodes, that a suspect has ended
+        # The workers, and their nodes, that a suspect has ended.
+        self._trials: dict[int, list[tuple[str, str]]] = {}
         # Crashes of workers, and losses on nodes, since the last answer from there.
         self._failures: Counter[str] = Counter()
         self._guilty: set[str] = set()  # workers and nodes whose suspects were answered elsewhere
