@@ -39,7 +39,7 @@ _COPY_SECONDS = 2.0  # between looks for a model that another worker or run copi
 _START_SECONDS = 20.0  # of a worker's process, until the user is told that it waits for resources
 _HEARTBEAT_SECONDS = 1.0
 # What a report may cost the driver. Workers wait this long, times their number, for more answers.
-# `benchmarks/ray_batches.py --calls` measures 0.8 ms with four actors; it is more with many.
+# `benchmarks/ray_batches.py --calls` measures 1.2 ms with four actors; it is more with many.
 _CALL_SECONDS = 0.002
 _MAX_WAIT_SECONDS = 2.0
 _MAX_DEATHS = 3  # of a node's workers before they have loaded the model
