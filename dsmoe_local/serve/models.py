@@ -192,9 +192,9 @@ class Models:
         patient_until = asyncio.get_running_loop().time() + self._source.patience_seconds
         while len(self._loaded) >= self._source.keep:
             self._check_wanted(name)
-            await self._make_room(patient_until)
+            await self._make_room(name, patient_until)
         while self._unused_names() and not await self._in_thread(lambda: self._source.fits(path)):
-            await self._make_room(patient_until)
+            await self._make_room(name, patient_until)
         self._check_wanted(name)
         return path
 
@@ -205,9 +205,9 @@ class Models:
         if not self._users[name]:
             raise hung_up()
 
-    async def _make_room(self, patient_until: float) -> None:
-        """Unload the model that was not used for the longest time. Waits until one is not used. After the
-        time `patient_until`, one of them gets no new requests.
+    async def _make_room(self, name: str, patient_until: float) -> None:
+        """Unload the model that was not used for the longest time, in favour of the model `name`. Waits until
+        one is not used. After the time `patient_until`, one of them gets no new requests.
         """
         unused = self._unused_names()
         if unused:
@@ -220,6 +220,8 @@ class Models:
         except TimeoutError:
             self.leaving = next(iter(self._loaded))
             self._left.clear()
+            leaving, wanted = safe_line(self.leaving, 60), safe_line(name, 60)
+            self._log(f"{leaving}: new requests wait, because {wanted} needs room")
 
     def _unused_names(self) -> list[str]:
         return [name for name in self._loaded if not self._users[name]]
