@@ -16,7 +16,6 @@ from collections.abc import (
 )
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 from dsmoe_local.api.model import load_engine
@@ -60,9 +59,7 @@ class Opening:
         self._model = await self._load()
         return self._model
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._model.close()
 
     async def _load(self) -> AsyncModel:
@@ -199,9 +196,7 @@ class AsyncStream(AsyncIterator[str]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 from dsmoe_local.api.options import LoadOptions, ReplyOptions, Warn, model_options, warning_at_caller
@@ -134,9 +133,7 @@ class Model:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _reply(self, request: Request) -> Reply:
@@ -177,7 +174,5 @@ class Stream(Iterator[str]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

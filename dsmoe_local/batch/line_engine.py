@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError
-from dsmoe_local.batch.collector import Collector
 from dsmoe_local.batch.job import BatchOptions, request_for
 from dsmoe_local.batch.lines import Line, kind_of
 from dsmoe_local.batch.records import Failure, Outcome
@@ -18,6 +17,7 @@ from dsmoe_local.engine.errors import (
     OutOfMemoryError,
 )
 from dsmoe_local.engine.interface import TextEngine, Ticket
+from dsmoe_local.engine.types import TokenEvent
 from dsmoe_local.protocol.errors import describe
 from dsmoe_local.protocol.replies import ReplyBuilder, reply_lead
 
@@ -34,6 +34,40 @@ def failure_of(line: Line, error: DsmoeError) -> Failure:
     """Return the outcome of a line that cannot be answered."""
     code, message = describe(error)
     return Failure(line.id, line.number, code, f"{line.place}: {message}", kind_of(error))
+
+
+class Collector:
+    """Collects the events of one request in `builder`. `finished` is called once, after the last event.
+
+    `line` is the input line of `task`. `alone`: no other request runs at the same time. `n_events` counts the
+    steps of the request. `deliver` runs in the engine's thread and must be fast.
+    """
+
+    def __init__(
+        self,
+        task: int,
+        line: Line,
+        builder: ReplyBuilder,
+        finished: Callable[[Collector], None],
+        *,
+        alone: bool = False,
+    ) -> None:
+        self.task = task
+        self.line = line
+        self.builder = builder
+        self.alone = alone
+        self.n_events = 0
+        self.error: BaseException | None = None
+        self._finished = finished
+
+    def deliver(self, event: TokenEvent | BaseException | None) -> None:
+        """Add an event; None or an exception ends the request."""
+        self.n_events += 1
+        if isinstance(event, TokenEvent):
+            self.builder.add(event)
+        else:
+            self.error = event
+            self._finished(self)
 
 
 class LineEngine:

@@ -10,19 +10,18 @@ from contextlib import contextmanager
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
-from dsmoe_local.batch.collector import Collector
 from dsmoe_local.batch.job import Job
-from dsmoe_local.batch.line_engine import LineEngine, Result, failure_of
+from dsmoe_local.batch.line_engine import Collector, LineEngine, Result, failure_of
 from dsmoe_local.batch.lines import Line
 from dsmoe_local.batch.summary import BatchSummary, Speedometer
-from dsmoe_local.batch.writer import Acknowledgment, Records, record_of
+from dsmoe_local.batch.writer import Acknowledgment, Records, received, record_of
 from dsmoe_local.engine.errors import EngineError, WorkerLostError
 from dsmoe_local.engine.interface import TextEngine
 
-_POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
-_REPORT_SECONDS = 0.5
+POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
+REPORT_SECONDS = 0.5
 _CANCEL_SECONDS = 1.5  # the longest wait for replies that are being cancelled
-_MAX_AHEAD = 1024  # with `ordered`: replies that wait for the reply to an earlier line
+MAX_AHEAD = 1024  # with `ordered`: replies that wait for the reply to an earlier line
 
 
 def run(
@@ -45,7 +44,7 @@ def run(
             work.until_done()
         finally:
             work.end()
-        work.check_done()
+        work.records.check_complete(stopped=stop.is_set())
     return job.summary
 
 
@@ -75,7 +74,7 @@ class _Run:
         self._stop = stop
         self._inbox: queue.SimpleQueue[Collector | Acknowledgment] = queue.SimpleQueue()
         self._lines = LineEngine(engine, job.options, self._inbox.put)
-        self._records = Records(job, listen, self._inbox.put)
+        self.records = Records(job, listen, self._inbox.put)
         self._suspects: list[int] = []
         self._next = 0
         self._speed = Speedometer()
@@ -83,7 +82,7 @@ class _Run:
 
     def until_done(self) -> None:
         """Work until every record counts, `stop` is set, or too many lines have failed."""
-        records = self._records
+        records = self.records
         while not (records.complete or self._stop.is_set() or records.too_many_failed):
             try:
                 self._fill()
@@ -92,7 +91,7 @@ class _Run:
                 if not self._stop.is_set():
                     raise
                 return
-            self._take(_POLL_SECONDS)
+            self._take(POLL_SECONDS)
             self._report()
 
     def end(self) -> None:
@@ -101,18 +100,14 @@ class _Run:
             self._lines.cancel_all()
             deadline = time.perf_counter() + _CANCEL_SECONDS
             while self._lines.running and time.perf_counter() < deadline:
-                self._take(_POLL_SECONDS, ending=True)
+                self._take(POLL_SECONDS, ending=True)
         finally:
-            self._records.close()
+            self.records.close()
         self._take(0, ending=True)
-
-    def check_done(self) -> None:
-        """Raise the reason why the work is not complete, if it is not."""
-        self._records.check_complete(stopped=self._stop.is_set())
 
     def _fill(self) -> None:
         """Start requests until the engine has enough of them. After a crash, start one suspect at a time."""
-        running, records = self._lines.running, self._records
+        running, records = self._lines.running, self.records
         if self._suspects:
             if not running:
                 # `encode` loads the model again here, so that a load error is not blamed on the suspect.
@@ -125,7 +120,7 @@ class _Run:
             self._next < self._job.plan.n_lines
             and len(running) < self._lines.capacity
             and not records.behind
-            and self._next - records.n_put < _MAX_AHEAD
+            and self._next - records.n_put < MAX_AHEAD
             and not self._suspects
             and not records.too_many_failed
         ):
@@ -138,21 +133,13 @@ class _Run:
 
     def _take(self, seconds: float, *, ending: bool = False) -> None:
         """Handle what is in the inbox; wait up to `seconds` for the first item."""
-        try:
-            item = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
-            while True:
-                self._handle(item, ending)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
-
-    def _handle(self, item: Collector | Acknowledgment, ending: bool) -> None:
-        if not isinstance(item, Collector):
-            self._records.confirm(item)
-        elif ending and item.error is not None:
-            del self._lines.running[item.task]
-        else:
-            self._accept(item.task, item.line, self._lines.settle(item), alone=item.alone)
+        for item in received(self._inbox, seconds):
+            if not isinstance(item, Collector):
+                self.records.confirm(item)
+            elif ending and item.error is not None:
+                del self._lines.running[item.task]
+            else:
+                self._accept(item.task, item.line, self._lines.settle(item), alone=item.alone)
 
     def _accept(self, task: int, line: Line, result: Result, *, alone: bool) -> None:
         """Write a record, or queue the request for a retry; if it crashed on its own, its line has failed."""
@@ -165,7 +152,7 @@ class _Run:
             result = failure_of(line, result)
         if result is not None:
             self._job.summary.count_tokens(result)
-            self._records.add(task, record_of(self._job.options.form, line, result))
+            self.records.add(task, record_of(self._job.options.form, line, result))
 
     def _retry(self, task: int, error: EngineError) -> None:
         if not self._suspects:
@@ -174,7 +161,7 @@ class _Run:
 
     def _report(self) -> None:
         now = time.perf_counter()
-        if now - self._reported >= _REPORT_SECONDS:
+        if now - self._reported >= REPORT_SECONDS:
             self._reported = now
             detail = self._speed.detail(self._job.summary, self._lines.n_running_tokens)
             self._listen(Advanced(0, detail))

@@ -6,8 +6,8 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.faults import reach
@@ -18,6 +18,8 @@ from dsmoe_local.batch.lines import Line
 from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.records import FORMATS, Failure, Outcome
 from dsmoe_local.batch.summary import failures_in_words
+
+T = TypeVar("T")
 
 _MAX_GROUP = 256  # records that are synced together
 _MAX_UNWRITTEN = 4096
@@ -37,6 +39,16 @@ def record_of(form: str, line: Line, outcome: Outcome) -> Record:
         values["kept"] = line.kept
     content = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     return Record(line.key, content, outcome.kind if isinstance(outcome, Failure) else "")
+
+
+def received(inbox: queue.SimpleQueue[T], seconds: float) -> Iterator[T]:
+    """Yield what is in a queue. Wait up to `seconds` for the first item."""
+    try:
+        yield inbox.get(timeout=seconds)
+        while True:
+            yield inbox.get_nowait()
+    except queue.Empty:
+        return
 
 
 class Records:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +54,14 @@ class Placement:
         n_usable = sum(node.n_cpus > 0 for node in nodes)
         if not self._n_each and n_usable:
             self._n_each = -(-(self._options.n_workers or 1) // n_usable)
-        room = [self._room(node) for node in nodes]
-        has = (n_workers.get(node.id, 0) for node in nodes)
-        heap = [(n, index) for index, n in enumerate(has) if n < room[index]]
-        heapq.heapify(heap)
-        while heap:
-            n, index = heap[0]
+        free = [
+            (n, index)
+            for index, node in enumerate(nodes)
+            for n in range(n_workers.get(node.id, 0), self._room(node))
+        ]
+        # The nodes with the fewest workers come first.
+        for _, index in sorted(free):
             yield nodes[index]
-            if n + 1 < room[index]:
-                heapq.heapreplace(heap, (n + 1, index))
-            else:
-                heapq.heappop(heap)
 
     def needs(self, node: Node) -> dict[str, int]:
         """Return what Ray reserves for a worker on a node."""

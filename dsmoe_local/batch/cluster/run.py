@@ -33,17 +33,14 @@ from dsmoe_local.batch.job import Job
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.output import Record
 from dsmoe_local.batch.records import Failure
-from dsmoe_local.batch.run import running
+from dsmoe_local.batch.run import MAX_AHEAD, POLL_SECONDS, REPORT_SECONDS, running
 from dsmoe_local.batch.sources import Span
 from dsmoe_local.batch.summary import BatchSummary, WorkerSummary
-from dsmoe_local.batch.writer import Acknowledgment, Records, record_of
+from dsmoe_local.batch.writer import Acknowledgment, Records, received, record_of
 from dsmoe_local.engine.process.child import SILENT_SECONDS
 from dsmoe_local.engine.types import ModelInfo
 
-_POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
-_REPORT_SECONDS = 0.5
 _SPEED_SECONDS = 15.0
-_MAX_AHEAD = 1024  # with `ordered`: replies that wait for the reply to an earlier line
 _MAX_SPEEDS = 4  # the speeds of more workers are shown as a range
 _STALLED = f"no progress for {SILENT_SECONDS:g} s"
 
@@ -73,7 +70,7 @@ def run_on_cluster(
             work.until_done(stop)
         finally:
             work.end()
-        work.check_done(stop)
+        work.records.check_complete(stopped=stop.is_set())
     return job.summary
 
 
@@ -82,7 +79,7 @@ def _until_joined(cluster: Cluster, listen: Listener, stop: threading.Event) -> 
     events: list[Event] = []
     listen(Started("starting workers", 1, unit="workers"))
     while True:
-        found = cluster.poll(_POLL_SECONDS)
+        found = cluster.poll(POLL_SECONDS)
         events += found
         _announce(found, listen)
         joined = next((event for event in found if isinstance(event, Joined)), None)
@@ -144,23 +141,23 @@ class _Run:
         self._listen = listen
         self._clock = clock
         self._inbox: queue.SimpleQueue[Acknowledgment] = queue.SimpleQueue()
-        self._records = Records(job, listen, self._inbox.put)
+        self.records = Records(job, listen, self._inbox.put)
         self._scheduler = Scheduler(job.plan.n_lines, self._group, ordered=job.options.ordered)
         # Of tasks that are in groups or with workers, so that the index is read once for each group.
         self._entries: dict[int, tuple[Span, Key]] = {}
         self._workers: dict[str, _Worker] = {}
         self._idle: dict[str, None] = {}  # workers without a line, in the order in which they ran out
-        self._n_ahead = _MAX_AHEAD
+        self._n_ahead = MAX_AHEAD
         self._reported = clock()
 
     def until_done(self, stop: threading.Event) -> None:
         """Work until every record counts, `stop` is set, or too many lines have failed."""
-        records = self._records
+        records = self.records
         while not (records.complete or stop.is_set() or records.too_many_failed):
             if records.behind or not self._scheduler.n_unanswered:
-                self._confirm(_POLL_SECONDS)
+                self._confirm(POLL_SECONDS)
                 continue
-            events = self._cluster.poll(_POLL_SECONDS)
+            events = self._cluster.poll(POLL_SECONDS)
             _announce(events, self._listen)
             self.handle(events)
             self._wake()
@@ -169,12 +166,8 @@ class _Run:
 
     def end(self) -> None:
         """Write the finished records."""
-        self._records.close()
+        self.records.close()
         self._confirm(0)
-
-    def check_done(self, stop: threading.Event) -> None:
-        """Raise the reason why the work is not complete, if it is not."""
-        self._records.check_complete(stopped=stop.is_set())
 
     def handle(self, events: Sequence[Event]) -> None:
         """Handle what has happened in the cluster."""
@@ -202,7 +195,7 @@ class _Run:
         summary = summaries.setdefault(event.worker, WorkerSummary(event.node))
         self._workers[event.worker] = _Worker(event.node, summary, now, now)
         self._scheduler.join(event.worker, event.capacity, event.node)
-        self._n_ahead = max(_MAX_AHEAD, 2 * event.capacity * len(self._workers))
+        self._n_ahead = max(MAX_AHEAD, 2 * event.capacity * len(self._workers))
         self._give(event.worker)
 
     def _take(self, worker: str, report: Report) -> None:
@@ -237,8 +230,8 @@ class _Run:
         items: list[Item] = []
         if not scheduler.holds(worker):
             self._workers[worker].busy_since = now
-        if not self._records.too_many_failed:
-            before = self._records.n_put + self._n_ahead if job.options.ordered else job.plan.n_lines
+        if not self.records.too_many_failed:
+            before = self.records.n_put + self._n_ahead if job.options.ordered else job.plan.n_lines
             tasks = scheduler.take(worker, now, before)
             items = [Item(task, job.line_at(*self._entries[task])) for task in tasks]
         if not scheduler.holds(worker):
@@ -268,7 +261,7 @@ class _Run:
         summary.n_cached_tokens += answer.n_cached_tokens
         summary.n_completion_tokens += answer.n_completion_tokens
         self._workers[worker].summary.n_records += 1
-        self._records.add(answer.task, Record(key, answer.content, answer.failure))
+        self.records.add(answer.task, Record(key, answer.content, answer.failure))
 
     def _lose(self, worker: str, node: str, reason: str) -> None:
         """Hand out the lines of a worker again. A line that was lost too often has failed."""
@@ -283,22 +276,17 @@ class _Run:
         message = f"{line.place}: {fault.line}"
         failure = Failure(line.id, line.number, fault.code, message, fault.kind)
         self._scheduler.fail(task)
-        self._records.add(task, record_of(self._job.options.form, line, failure))
+        self.records.add(task, record_of(self._job.options.form, line, failure))
 
     def _confirm(self, seconds: float) -> None:
         """Count the records that are written; wait up to `seconds` for the first of them."""
-        try:
-            item = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
-            while True:
-                self._records.confirm(item)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
+        for item in received(self._inbox, seconds):
+            self.records.confirm(item)
 
     def _watch(self) -> None:
         """Replace workers that make no progress, and report the speeds."""
         now = self._clock()
-        if now - self._reported < _REPORT_SECONDS:
+        if now - self._reported < REPORT_SECONDS:
             return
         self._reported = now
         for worker, state in list(self._workers.items()):

@@ -18,9 +18,8 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedEr
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.batch.cluster.interface import Answer, Fault, Item, Report
 from dsmoe_local.batch.cluster.model_copy import ModelCopy
-from dsmoe_local.batch.collector import Collector
 from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.line_engine import LineEngine, Result
+from dsmoe_local.batch.line_engine import Collector, LineEngine, Result
 from dsmoe_local.batch.lines import Line, hash64
 from dsmoe_local.batch.records import Failure
 from dsmoe_local.batch.writer import record_of
