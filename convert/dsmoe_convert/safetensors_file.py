@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.shards import DTYPES, StoredTensor
-from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.errors import FormatError, file_errors
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.json_object import strict_json
 
@@ -43,22 +43,19 @@ def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, S
 
     Raises FileError if the file cannot be read, CheckpointError if anything about its header is wrong.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            if head == _LFS_POINTER:
-                raise CheckpointError(
-                    "this is a Git LFS pointer, not the weights",
-                    where=path,
-                    remedy="run git lfs pull in the folder, or download the file again",
-                )
-            length = int.from_bytes(head, "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise _damaged(path, f"it has {size} bytes, its header claims {length}")
-            raw = file.read(length)
-    except OSError as error:
-        raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
+    with file_errors("cannot read the shard", path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        if head == _LFS_POINTER:
+            raise CheckpointError(
+                "this is a Git LFS pointer, not the weights",
+                where=path,
+                remedy="run git lfs pull in the folder, or download the file again",
+            )
+        length = int.from_bytes(head, "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise _damaged(path, f"it has {size} bytes, its header claims {length}")
+        raw = file.read(length)
     try:
         header = strict_json(raw, path)
     except FormatError as error:

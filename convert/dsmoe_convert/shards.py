@@ -11,7 +11,7 @@ from typing import Protocol
 
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_local.base.durable import read_into
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FileError, file_errors
 from dsmoe_local.model.ggml import GgmlType
 
 
@@ -96,10 +96,8 @@ class LocalShards:
         with self._lock:
             if shard not in self._descriptors:
                 path = self._folder / shard
-                try:
+                with file_errors("cannot read the shard", path):
                     self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
             return self._descriptors[shard]
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from dsmoe_convert.byte_level import byte_characters
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.pretokenizers import KIMI_K2_REGEX
 from dsmoe_convert.vocabulary import NO_RANK, merged
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import file_errors
 from dsmoe_local.base.text import safe_line
 
 FILE_NAME = "tiktoken.model"
@@ -68,12 +68,10 @@ def as_tokenizer(path: Path, config: Mapping[str, Any], n_vocab: int, pre: str |
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Return the rank of each token, in the order of ranks: 0, 1, 2 and so on. Each byte is a token."""
-    try:
+    with file_errors("cannot read the tokenizer", path):
         if path.stat().st_size > _MAX_BYTES:
             _refuse(path, f"the file exceeds {_MAX_BYTES >> 20} MiB")
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise FileError(f"cannot read the tokenizer: {error.strerror}", where=path) from error
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         text, _, rank = line.partition(b" ")

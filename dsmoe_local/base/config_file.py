@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.errors import FileError, FormatError, file_errors
 from dsmoe_local.base.paths import config_folder, data_folder
 
 Value: TypeAlias = str | int | float | bool | list[str]
@@ -75,7 +75,7 @@ class ConfigFile:
 
         if all(value is None for value in changes.values()) and not self.path.exists():
             return
-        try:
+        with file_errors("the config file cannot be written", self.path):
             # If the file is a link, as dotfiles often are, its target is replaced and the link stays.
             path = self.path.resolve()
             make_folders(path.parent, 0o700)
@@ -84,10 +84,6 @@ class ConfigFile:
                 changed = self._changed(text, section, changes)
                 if changed != text:
                     write_file(path, changed.encode(), 0o600)
-        except OSError as error:
-            raise FileError(
-                f"the config file cannot be written: {error.strerror or error}", where=self.path
-            ) from error
 
     def _text(self) -> str:
         try:

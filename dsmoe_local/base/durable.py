@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from dsmoe_local.base.errors import FileError, LockedError, NoSpaceError
+from dsmoe_local.base.errors import DISK_FULL, FileError, LockedError, NoSpaceError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 
@@ -25,8 +25,6 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _CHECKSUM = 9  # bytes before the entry in a journal's line: the checksum and a space
 
 
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""The errors of a disk without space."""
 # ENOENT: in /proc and similar file systems, files cannot be made.
 _FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
 

@@ -14,10 +14,15 @@ Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dsmoe_local.base.text import safe_line
 
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The errors of a disk without space."""
 _LINE_LIMIT = 400
 
 
@@ -75,3 +80,13 @@ class InterruptedRunError(DsmoeError):
     def __init__(self, what: str, *, signal_number: int = 2, remedy: str = "") -> None:
         super().__init__(what, remedy=remedy)
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def file_errors(what: str, where: str | Path, remedy: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as FileError or NoSpaceError, with the system's reason after `what`."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpaceError if error.errno in DISK_FULL else FileError
+        raise kind(f"{what}: {error.strerror or error}", where=where, remedy=remedy) from error

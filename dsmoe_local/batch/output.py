@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, NoSpaceError
+from dsmoe_local.base.errors import DISK_FULL, FileError, NoSpaceError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.batch import journal
 from dsmoe_local.batch.journal import Extent, Header, Settings, Visitor, journal_path
@@ -225,7 +225,7 @@ def naming_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = NoSpaceError if error.errno in durable.DISK_FULL else FileError
+        kind = NoSpaceError if error.errno in DISK_FULL else FileError
         raise kind(
             f"the output cannot be written: {error.strerror or error}",
             where=out,

@@ -13,13 +13,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
+from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError, file_errors
 from dsmoe_local.base.faults import reach
 from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.sources import Source
 
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.2
+_NOT_COPIED = "standard input cannot be copied"
 
 
 def spool_path(out: Path) -> Path:
@@ -42,7 +43,7 @@ class Spool:
     def keep(self) -> None:
         """Keep the copy for later runs. It replaces the copy of an earlier run."""
         if self._path != self._kept:
-            with _naming_errors(self._kept):
+            with file_errors(_NOT_COPIED, self._kept):
                 durable.replace(self._path, self._kept)
         self._path = self._kept
         reach("batch.spooled")
@@ -72,7 +73,7 @@ def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
 def _receive(path: Path, stop: threading.Event) -> int:
     """Write standard input and its digest to `path`. Return the number of bytes of the input."""
     descriptor = sys.stdin.fileno()
-    with _naming_errors(path), path.open("wb") as file:
+    with file_errors(_NOT_COPIED, path), path.open("wb") as file:
         if os.isatty(descriptor):
             return 0
         digest = _digest()
@@ -90,7 +91,7 @@ def _receive(path: Path, stop: threading.Event) -> int:
 def _check(kept: Path) -> int:
     """Return the number of bytes of input in the copy. FileError if the digest does not match."""
     digest = _digest()
-    with _naming_errors(kept), kept.open("rb") as file:
+    with file_errors(_NOT_COPIED, kept), kept.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size - len(_trailer(digest))
         n_left = n_bytes
         while n_left > 0 and (chunk := file.read(min(n_left, _CHUNK))):
@@ -110,15 +111,6 @@ def _digest() -> blake2b:
 
 def _trailer(digest: blake2b) -> bytes:
     return f"\n#blake2b {digest.hexdigest()}\n".encode()
-
-
-@contextmanager
-def _naming_errors(path: Path) -> Iterator[None]:
-    """Raise OSError as FileError with the path."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"standard input cannot be copied: {error.strerror}", where=path) from error
 
 
 def _chunks(source: int, stop: threading.Event) -> Iterator[bytes]:

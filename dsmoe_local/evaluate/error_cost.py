@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dsmoe_local.base.durable import locked
-from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
+from dsmoe_local.base.errors import InterruptedRunError, UsageError, file_errors
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
 from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine.interface import TextEngine
@@ -84,12 +84,8 @@ def measure_costs(
     """
     stop = stop or threading.Event()
     with ExitStack() as stack:
-        try:
+        with file_errors("the sensitivity file cannot be written", wanted.path):
             stack.enter_context(locked(wanted.path))
-        except OSError as error:
-            raise FileError(
-                f"the sensitivity file cannot be written: {error.strerror}", where=wanted.path
-            ) from error
         known = _measured_errors(file, wanted, imatrix, listen, stop)
         trials = trials_of(file, hp, known, wanted.types, imatrix, by_layer=wanted.by_layer)
         run = _Run(file, wanted, load, known, listen, stop)

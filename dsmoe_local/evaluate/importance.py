@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
+from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, file_errors
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.base.text import safe_line
@@ -66,25 +66,19 @@ class ImportanceFile:
 
     def save(self, imatrix: Imatrix) -> None:
         """Write the partial file, durably. Raises FileError."""
-        try:
+        with file_errors("the importance matrix cannot be written", self.out):
             write_imatrix(imatrix, self.part, lambda: reach("imatrix.written"))
             reach("imatrix.saved")
-        except OSError as error:
-            raise FileError(
-                f"the importance matrix cannot be written: {error.strerror}", where=self.out
-            ) from error
 
     def publish(self) -> None:
         """Rename the partial file to the output. Raises FileError."""
-        try:
+        with file_errors(
+            "the importance matrix cannot be renamed",
+            self.out,
+            f"it is complete in {safe_line(self.part.name, 80)}: run the same command again",
+        ):
             reach("imatrix.complete")
             durable.replace(self.part, self.out)
-        except OSError as error:
-            raise FileError(
-                f"the importance matrix cannot be renamed: {error.strerror}",
-                where=self.out,
-                remedy=f"it is complete in {safe_line(self.part.name, 80)}: run the same command again",
-            ) from error
 
 
 @contextmanager
@@ -103,10 +97,8 @@ def importance_file(out: Path, *, force: bool = False) -> Iterator[ImportanceFil
             "the output exists already", where=out, remedy="name another with -o, or replace it with --force"
         )
     with ExitStack() as held:
-        try:
+        with file_errors("the output cannot be written", out):
             held.enter_context(durable.locked(out.absolute()))
-        except OSError as error:
-            raise FileError(f"the output cannot be written: {error.strerror}", where=out) from error
         yield ImportanceFile(out.absolute())
 
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from dsmoe_local.base.durable import locked, publish, require_space, sync
-from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.errors import FileError, FormatError, UsageError, file_errors
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.interface import TextEngine
@@ -47,6 +47,7 @@ _VERSION = 1
 _ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
 _MAX_ABOUT = 1 << 20
 _ARCHIVE = b"PK\x03\x04"
+_NOT_READ, _NOT_WRITTEN = "the reference cannot be read", "the reference cannot be written"
 _ENCRYPTED = 1  # a flag of a zip member
 # What zipfile, msgspec and numpy raise for a damaged or foreign file.
 _MALFORMED = (
@@ -182,10 +183,8 @@ def reserved(kept: Path) -> Iterator[None]:
     Raises FileError if the file exists, LockedError if another run has reserved it.
     """
     with ExitStack() as stack:
-        try:
+        with file_errors(_NOT_WRITTEN, kept):
             stack.enter_context(locked(kept))
-        except OSError as error:
-            raise _cannot_keep(error, kept) from error
         if os.path.lexists(kept):
             raise _exists(kept)
         yield
@@ -199,26 +198,27 @@ def keep(reference: Reference, kept: Path) -> None:
     names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.routers else [])]
     # Under the lock, a file of this name can only come from a killed run.
     temporary = kept.with_name(f".{kept.name}.part")
-    try:
-        require_space(kept.absolute().parent, sum((reference.folder / name).stat().st_size for name in names))
-        temporary.unlink(missing_ok=True)
-        # Private, since it contains the text.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name in names:
-                    archive.write(reference.folder / name, name)
-            file.flush()
-            sync(file.fileno())
-        _verify(temporary, kept)
-        publish(temporary, kept)
-    except FileExistsError as error:
-        raise _exists(kept) from error
-    except OSError as error:
-        raise _cannot_keep(error, kept) from error
-    finally:
-        with suppress(OSError):
+    with file_errors(_NOT_WRITTEN, kept):
+        try:
+            require_space(
+                kept.absolute().parent, sum((reference.folder / name).stat().st_size for name in names)
+            )
             temporary.unlink(missing_ok=True)
+            # Private, since it contains the text.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    for name in names:
+                        archive.write(reference.folder / name, name)
+                file.flush()
+                sync(file.fileno())
+            _verify(temporary, kept)
+            publish(temporary, kept)
+        except FileExistsError as error:
+            raise _exists(kept) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _verify(temporary: Path, kept: Path) -> None:
@@ -240,17 +240,10 @@ def _exists(kept: Path) -> FileError:
     return FileError("the file exists already", where=kept, remedy="remove it, or name another file")
 
 
-def _cannot_keep(error: OSError, kept: Path) -> FileError:
-    return FileError(f"the reference cannot be written: {error.strerror}", where=kept)
-
-
 def is_kept(path: Path) -> bool:
     """Return True if a file begins like a kept reference, not like a model. Raises FileError."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_ARCHIVE)) == _ARCHIVE
-    except OSError as error:
-        raise _unreadable(error, path) from error
+    with file_errors(_NOT_READ, path), path.open("rb") as file:
+        return file.read(len(_ARCHIVE)) == _ARCHIVE
 
 
 def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
@@ -258,19 +251,18 @@ def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
 
     Raises FileError, FormatError.
     """
-    try:
-        with zipfile.ZipFile(kept) as archive:
-            about = _read_about(archive)
-            require_space(folder, kept.stat().st_size)
-            for name in (_TOKENS, _PREDICTIONS, *([_CHOICES] if about.gates else [])):
-                with archive.open(_member(archive, name)) as source, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        ids = np.frombuffer((folder / _TOKENS).read_bytes(), "<i4").reshape(-1, about.n_context)
-    except OSError as error:
-        raise _unreadable(error, kept) from error
-    except _MALFORMED as error:
-        what = "it is truncated or damaged" if isinstance(error, zipfile.BadZipFile) else f"{error}"
-        raise _unusable(kept, what) from error
+    with file_errors(_NOT_READ, kept):
+        try:
+            with zipfile.ZipFile(kept) as archive:
+                about = _read_about(archive)
+                require_space(folder, kept.stat().st_size)
+                for name in (_TOKENS, _PREDICTIONS, *([_CHOICES] if about.gates else [])):
+                    with archive.open(_member(archive, name)) as source, (folder / name).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+            ids = np.frombuffer((folder / _TOKENS).read_bytes(), "<i4").reshape(-1, about.n_context)
+        except _MALFORMED as error:
+            what = "it is truncated or damaged" if isinstance(error, zipfile.BadZipFile) else f"{error}"
+            raise _unusable(kept, what) from error
     tokens = tuple(tuple(window) for window in ids[:n_windows].tolist())
     if not tokens:
         raise _unusable(kept, "it has no windows")
@@ -282,10 +274,6 @@ def _unusable(kept: Path, what: str) -> FormatError:
     return FormatError(
         f"not a usable reference: {what}", where=kept, remedy="make it again: dsmoe eval MODEL --keep FILE"
     )
-
-
-def _unreadable(error: OSError, kept: Path) -> FileError:
-    return FileError(f"the reference cannot be read: {error.strerror}", where=kept)
 
 
 def _read_about(archive: zipfile.ZipFile) -> _About:

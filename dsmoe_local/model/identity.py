@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.errors import FormatError, file_errors
 from dsmoe_local.model.gguf_file import MAGIC, GgufFile, identity_of
 from dsmoe_local.model.gguf_split import read_parts
 
@@ -59,23 +59,19 @@ def exact_identity(model: GgufFile) -> str:
 
 
 def _open(stack: ExitStack, path: Path) -> BinaryIO:
-    try:
+    with _reading(path):
         return stack.enter_context(path.open("rb"))
-    except OSError as error:
-        raise _unreadable(error, path) from error
 
 
-def _unreadable(error: OSError, path: Path) -> FileError:
-    return FileError(f"the file cannot be read: {error.strerror}", where=path)
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return file_errors("the file cannot be read", path)
 
 
 def _header(file: BinaryIO, path: Path) -> GgufFile | None:
     """Return the header; None if the file is not a GGUF file, or is malformed."""
-    try:
+    with _reading(path):
         if file.read(len(MAGIC)) != MAGIC:
             return None
-    except OSError as error:
-        raise _unreadable(error, path) from error
     try:
         return read_parts(path)
     except FormatError:
@@ -88,12 +84,10 @@ def _identity(files: Sequence[BinaryIO], model: GgufFile | None) -> str:
     digest = blake2b(str(sum(sizes)).encode(), digest_size=8)
     for index, file in enumerate(files):
         known = _header_and_tensor_ends(model, index) if model else ()
-        try:
+        with _reading(Path(file.name)):
             for start, length in _sample(sizes[index], known):
                 file.seek(start)
                 digest.update(file.read(length))
-        except OSError as error:
-            raise _unreadable(error, Path(file.name)) from error
     return f"{sum(sizes)} bytes {digest.hexdigest()}"
 
 

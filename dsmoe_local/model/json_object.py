@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.errors import FormatError, file_errors
 from dsmoe_local.base.text import safe_line
 
 _MAX_BYTES = 16 << 20
@@ -79,12 +79,10 @@ def _is_same(value: object, other: object) -> bool:
 
 def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
     """Read a JSON object strictly from a file of at most `max_bytes`. Raises FileError or FormatError."""
-    try:
+    with file_errors(f"cannot read {safe_line(path.name, 60)}", path):
         if path.stat().st_size > max_bytes:
             raise FormatError(f"the file exceeds {max_bytes >> 20} MiB", where=path)
         raw = path.read_bytes()
-    except OSError as error:
-        raise FileError(f"cannot read {safe_line(path.name, 60)}: {error.strerror}", where=path) from error
     return strict_json(raw, path)
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.durable import read_at_most
-from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.errors import FormatError, file_errors
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, Tensor
 from dsmoe_local.model.gguf_file import MAGIC, Field, GgufFile, TensorInfo, read_gguf
@@ -42,12 +42,10 @@ _MAX_NAME = 1 << 12
 
 def read_imatrix(path: Path) -> Imatrix:
     """Read an importance matrix in either format. Raises FileError and FormatError."""
-    try:
+    with file_errors("cannot read the importance matrix", path):
         with path.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC
         return _read_gguf(path) if is_gguf else _LegacyReader(path).read()
-    except OSError as error:
-        raise FileError(f"cannot read the importance matrix: {error.strerror}", where=path) from error
 
 
 def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = lambda: None) -> None:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from gguf.constants import GGUFValueType
 
 from dsmoe_local.base.durable import read_into
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FileError, file_errors
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import bytes_per_token
 from dsmoe_local.model.file_type import CALIBRATION_KEY
@@ -227,10 +227,8 @@ def opened(file: GgufFile) -> Iterator[OpenGguf]:
     with ExitStack() as stack:
         descriptors = []
         for part in file.parts:
-            try:
+            with file_errors("cannot read the model", part.path):
                 descriptors.append(os.open(part.path, os.O_RDONLY))
-            except OSError as error:
-                raise FileError(f"cannot read the model: {error.strerror}", where=part.path) from error
             stack.callback(os.close, descriptors[-1])
         source = OpenGguf(file, tuple(descriptors))
         source.refuse_changed()

@@ -20,7 +20,7 @@ from dsmoe_convert.demo.checkpoint import MODEL_NAME, write_checkpoint
 from dsmoe_convert.demo.source import SHA256, open_source
 from dsmoe_local import __version__
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.errors import UsageError, file_errors
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_quantize.write import kernels
 
@@ -105,15 +105,13 @@ def _inputs(n_active: int) -> dict[str, Any]:
 
 def _prepare(folder: Path) -> None:
     """Create the folder. Raises UsageError if it has files but no manifest: they must not be replaced."""
-    try:
+    with file_errors("cannot use the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         others = (path for path in folder.iterdir() if not path.name.startswith("."))
         if not (folder / MANIFEST).is_file() and next(others, None) is not None:
             raise UsageError(
                 "the folder has other files", where=folder, remedy="name an empty or new folder: --out"
             )
-    except OSError as error:
-        raise FileError(f"cannot use the folder: {error.strerror}", where=folder) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

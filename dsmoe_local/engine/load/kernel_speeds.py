@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import file_errors
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
@@ -36,11 +36,9 @@ def save_speeds(model: Path, speeds: dict[Kernels, FormSpeed]) -> Path:
     identity = file_identity(model)
     path = _path(identity)
     saved = _Saved(identity, cpu_name(), native.VERSION, speeds)
-    try:
+    with file_errors("the speeds cannot be saved", path):
         durable.make_folders(path.parent)
         durable.write_file(path, msgspec.json.format(msgspec.json.encode(saved)))
-    except OSError as error:
-        raise FileError(f"the speeds cannot be saved: {error.strerror}", where=path) from error
     return path
 
 

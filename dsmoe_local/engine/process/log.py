@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import file_errors
 from dsmoe_local.base.text import safe_line
 
 _KEPT = 400
@@ -24,10 +24,8 @@ class LogKeeper:
         self._lock = threading.Lock()
         self._file: TextIO | None = None
         if path is not None:
-            try:
+            with file_errors("the log cannot be written", path):
                 self._file = path.open("a", encoding="utf-8", buffering=1)
-            except OSError as error:
-                raise FileError(f"the log cannot be written: {error.strerror}", where=path) from error
 
     def begin(self) -> None:
         """Drop the lines of the previous child."""

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.errors import FormatError, UsageError, file_errors
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
@@ -142,10 +142,8 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
         del content["probes"]
     else:
         content["probes"]["types"] = [kind.name for kind in sensitivity.probes.types]
-    try:
+    with file_errors("cannot write the sensitivity", path):
         durable.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-    except OSError as error:
-        raise FileError(f"cannot write the sensitivity: {error.strerror}", where=path) from error
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -154,10 +152,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
     The error suggests to remove the file only if it is a sensitivity file. Any other may be one that the user
     needs and named by mistake, such as a model.
     """
-    try:
+    with file_errors("cannot read the sensitivity", path):
         content = durable.read_at_most(path, _MAX_BYTES)
-    except OSError as error:
-        raise FileError(f"cannot read the sensitivity: {error.strerror}", where=path) from error
     if len(content) > _MAX_BYTES:
         raise _refusal(path, f"it is larger than {_MAX_BYTES >> 20} MiB", _ANOTHER)
     try:

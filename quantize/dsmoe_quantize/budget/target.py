@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.base.durable import locked
-from dsmoe_local.base.errors import FileError, LockedError
+from dsmoe_local.base.errors import FileError, LockedError, file_errors
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.ggml import FLOATS
 from dsmoe_local.model.gguf_file import GgufFile
@@ -131,14 +131,8 @@ def _held(path: Path) -> Iterator[None]:
 
 def _cached(wanted: Sensitivity) -> Path:
     path = sensitivity_file.default_path(wanted)
-    try:
+    with file_errors("cannot make the folder", path.parent, "name a file: --sensitivity"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot make the folder: {error.strerror}",
-            where=path.parent,
-            remedy="name a file: --sensitivity",
-        ) from error
     return path
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError, file_errors
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.file_type import RECIPE_NAME
 from dsmoe_local.model.ggml import GgmlType
@@ -59,10 +59,8 @@ def read_recipe(path: Path) -> LayeredRecipe:
 
     Raises FileError if it cannot be read, FormatError if its content is not a recipe.
     """
-    try:
+    with file_errors("cannot read the recipe", path):
         content = durable.read_at_most(path, _MAX_BYTES)
-    except OSError as error:
-        raise FileError(f"cannot read the recipe: {error.strerror}", where=path) from error
     if len(content) > _MAX_BYTES:
         raise FormatError(
             f"the file is larger than {_MAX_BYTES >> 20} MiB", where=path, remedy="name a recipe file"
@@ -80,15 +78,13 @@ def write_recipe(recipe: LayeredRecipe, path: Path, *, force: bool = False) -> N
     """
     refuse_place(path)
     content = render_recipe(recipe).encode()
-    try:
+    with file_errors("cannot write the recipe", path):
         if path.exists():
             if path.read_bytes() == content:
                 return  # from a run that was interrupted
             if not force:
                 raise FileError("another recipe exists there", where=path, remedy="--force replaces it")
         durable.write_file(path, content)
-    except OSError as error:
-        raise FileError(f"cannot write the recipe: {error.strerror}", where=path) from error
 
 
 def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:

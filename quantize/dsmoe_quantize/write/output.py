@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError, UsageError
+from dsmoe_local.base.errors import DISK_FULL, FileError, InterruptedRunError, NoSpaceError, UsageError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
@@ -252,7 +252,7 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = durable.writing_remedy(error)
-        if error.errno in durable.DISK_FULL:
+        if error.errno in DISK_FULL:
             raise NoSpaceError("the disk is full", where=out.parent, remedy=remedy) from error
         raise FileError(
             f"the output cannot be written: {error.strerror}", where=error.filename or out, remedy=remedy
