@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, check_pickle, read_index
 from dsmoe_convert.errors import HubError
@@ -42,6 +43,10 @@ _OPTIONAL = (
 )
 _TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja", re.ASCII)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve|raw)/([^/?#]+)(?:/([^?#]*?))?)?/?(?:[?#].*)?"
+)
 _INTERRUPTED = "interrupted while downloading"
 _PATIENCE = 1.0  # seconds to wait for a download to end after an interruption
 
@@ -64,6 +69,18 @@ class HubRequest:
 def is_repository(text: str) -> bool:
     """True if `text` has the form OWNER/NAME."""
     return _REPOSITORY.fullmatch(text) is not None and ".." not in text
+
+
+def parse_address(text: str) -> tuple[str, str | None, str]:
+    """Return the repository, the revision and the file that the address of a page on the hub names.
+
+    Revision and file may be missing: None and "". Any other text is returned as the repository.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        return text, None, ""
+    repository, revision, file = match.groups(default="")
+    return repository, unquote(revision) or None, unquote(file)
 
 
 def locate(source: str) -> Path | None:

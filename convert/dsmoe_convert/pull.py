@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_convert.errors import HubError
-from dsmoe_convert.hub import HubRepository, HubRequest, is_repository
+from dsmoe_convert.hub import HubRepository, HubRequest, is_repository, parse_address
 from dsmoe_local.base.durable import locked, make_folders, publish, replace, require_space, sync
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.faults import reach
@@ -45,7 +45,6 @@ _TYPE = re.compile(
 )
 _NAME = re.compile(r"[^\W.][\w.-]{0,150}")
 _NOT_MODELS = ("mmproj", "imatrix")
-_PREFIXES = ("https://", "http://", "huggingface.co/", "hf.co/")
 _BLOCK = 1 << 24
 
 
@@ -75,18 +74,19 @@ class Pulled:
     is_new: bool
 
 
-def parse_source(text: str) -> tuple[str, str]:
-    """Return the repository and the type in OWNER/REPO[:TYPE]; the address of its page works, too."""
-    short = text
-    for prefix in _PREFIXES:
-        short = short.removeprefix(prefix)
-    repository, _, wanted = short.rstrip("/").partition(":")
+def parse_source(text: str) -> tuple[str, str | None, str]:
+    """Return the repository, the revision and the type or name in OWNER/REPO[:TYPE].
+
+    The address of a page of the repository works, too, or that of a file.
+    """
+    short, revision, file = parse_address(text)
+    repository, _, wanted = short.partition(":")
     if not is_repository(repository):
         raise UsageError(
             f"{safe_line(text, 80)!r} is not a repository",
             remedy="name it OWNER/REPO or OWNER/REPO:TYPE, as on huggingface.co",
         )
-    return repository, wanted
+    return repository, revision, wanted or (model_stem(Path(file)) if file else "")
 
 
 def pull(

@@ -19,8 +19,8 @@ _UNITS = {
 def parse_size(text: str, least: int = 0) -> int:
     """Return the number of bytes that a size such as `2GiB` names. Raises UsageError if it is not a size.
 
-    The unit is optional and in any case: B, K or KB, KiB, … T or TB, TiB. Without a unit, a size below
-    `least` bytes is refused, too.
+    The unit is optional and in any case: B, K or KB, KiB, … T or TB, TiB. With `least`, 0 is refused, too,
+    and a size of fewer bytes without a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
@@ -30,10 +30,9 @@ def parse_size(text: str, least: int = 0) -> int:
     from decimal import Decimal
 
     size = int(Decimal(match[1]) * _UNITS[match[2].lower()])
-    if size < least and not match[2]:
-        raise UsageError(
-            f"{text.strip()} is {size} bytes", remedy=f"write a unit, as in {size}MB or {size}GiB"
-        )
+    if size < least and not (size and match[2]):
+        remedy = f"write a unit, as in {size}MB or {size}GiB" if size else "write a size above 0"
+        raise UsageError(f"{text.strip()} is {size} bytes", remedy=remedy)
     return size
 
 

@@ -64,7 +64,8 @@ class _ChatOptions:
 @option(
     "--api-key",
     "api_key",
-    "Key for --server. Better set DSMOE_API_KEY: others can see command lines.",
+    "Key for --server. Other users of this computer can see command lines: better set DSMOE_API_KEY, or"
+    " api-key in the config file.",
     text_value("KEY"),
     secret=True,
 )

@@ -75,7 +75,8 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint of a mixture of experts to GGUF, and quantize it in the same pass.
 
-    SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat.
+    SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat, or the address of its page on
+    huggingface.co.
 
     {types}
 
@@ -85,6 +86,7 @@ def command(
     For a target, such as a size, convert to bf16 first and then use dsmoe quantize.
     """
     from dsmoe_convert.convert import ConvertOptions, RunOptions
+    from dsmoe_convert.hub import parse_address
     from dsmoe_convert.sources import SourceOptions, convert, plan_source
 
     check_hub_options(revision, token)
@@ -98,7 +100,8 @@ def command(
         imatrix=types.imatrix(),
         split_max_size=parse_split_size(split_max_size),
     )
-    source_options = SourceOptions(revision, token, low_disk=low_disk)
+    source, named_revision, _ = parse_address(source)
+    source_options = SourceOptions(revision or named_revision, token, low_disk=low_disk)
     if dry_run:
         planned = run_with_progress(
             lambda listen, stop: plan_source(

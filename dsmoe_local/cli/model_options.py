@@ -68,14 +68,10 @@ def _device_list(text: str) -> tuple[str, ...]:
 
 def _worker_list(text: str) -> tuple[str, ...]:
     """Read addresses of workers separated by commas."""
-    from dsmoe_local.engine.workers import parse_worker
+    from dsmoe_local.engine.workers import parse_workers
 
     texts = tuple(part.strip() for part in text.split(","))
-    for part in texts:
-        try:
-            parse_worker(part)
-        except UsageError as error:
-            raise ValueError(f"{error.what}: {error.remedy}") from error
+    parse_workers(texts)
     return texts
 
 

@@ -6,19 +6,24 @@ config file, `command` writes the help page and `config` shows the values in for
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE_PREFIX = "DSMOE_"
+
+_NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
 
 
 class Group(StrEnum):
@@ -111,13 +116,35 @@ class Option(click.Option):
         return extra
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:  # noqa: ANN401 - a raw value
-        """Convert and check a value. The error for a text in place of a number says what to write."""
+        """Convert and check a value. The error for a wrong number says what to write."""
         try:
-            return super().type_cast_value(ctx, value)
+            found = super().type_cast_value(ctx, value)
         except click.BadParameter as error:
-            if isinstance(self.type, click.types.IntParamType) and "valid integer" in error.message:
-                raise click.BadParameter(_not_a_number(str(value)), ctx, self) from error
+            if isinstance(self.type, _NUMBERS):
+                raise click.BadParameter(self._wrong_number(ctx, str(value)), ctx, self) from error
             raise
+        if isinstance(found, float) and math.isnan(found):
+            # No range of click's excludes it.
+            raise click.BadParameter(self._wrong_number(ctx, str(value)), ctx, self)
+        return found
+
+    def _wrong_number(self, ctx: click.Context, text: str) -> str:
+        """Return why a text cannot be the value of this option, which takes a number."""
+        is_whole = isinstance(self.type, click.types.IntParamType)
+        kind = "whole number" if is_whole else "number"
+        if any(text in parameter.opts for parameter in ctx.command.params):
+            return f"a {kind} is missing before {text}"
+        shown = safe_line(text, 40)
+        if isinstance(self.type, click.IntRange | click.FloatRange):
+            with suppress(ValueError):
+                (int if is_whole else float)(text)
+                least, most = self.type.min, self.type.max
+                allowed = f"{least} or more" if most is None else f"{least} to {most}"
+                return f"{shown} is out of range: write {allowed}"
+        if is_whole and (thousands := re.fullmatch(r"(\d{1,6})k", text.strip().lower())):
+            return f"{shown!r} is not a {kind}: write {1024 * int(thousands[1])}"
+        example = f", such as {self.default:g}" if isinstance(self.default, float) else ""
+        return f"{shown!r} is not a {kind}{example}"
 
     def value_from_envvar(self, ctx: click.Context) -> Any:  # noqa: ANN401 - a raw value
         """Return the variable's value; of an option that may be repeated, each line is a value."""
@@ -126,12 +153,6 @@ class Option(click.Option):
             # click splits at every space, but texts and paths contain spaces.
             return text.split("\n")
         return super().value_from_envvar(ctx)
-
-
-def _not_a_number(text: str) -> str:
-    thousands = re.fullmatch(r"(\d{1,6})k", text.strip().lower())
-    remedy = f": write {1024 * int(thousands[1])}" if thousands else ""
-    return f"{safe_line(text, 40)!r} is not a whole number{remedy}"
 
 
 def variable(key: str) -> str:
@@ -172,7 +193,10 @@ def typed(kind: click.ParamType[Any], metavar: str) -> Kind:
 
 
 def parsed(parse: Callable[[str], Any], metavar: str) -> Kind:
-    """Return the kind of an option whose values a function parses; its ValueErrors are shown to users."""
+    """Return the kind of an option whose values a function parses.
+
+    Its ValueErrors and UsageErrors are shown to users.
+    """
     return {"type": _Parsed(parse), "metavar": metavar}
 
 
@@ -190,6 +214,8 @@ class _Parsed(click.ParamType[Any]):
             return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        except UsageError as error:
+            self.fail(f"{error.what}: {error.remedy}", param, ctx)
 
 
 def option(

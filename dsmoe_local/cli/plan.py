@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
@@ -38,19 +37,12 @@ _LEAST_SIZE = 10**6
 _LEAST_SHARE = 0.5  # of the memory bandwidth that decoding uses; the most is all of it
 
 
-def _size_list(text: str, example: str) -> tuple[int, ...]:
-    """Read sizes separated by commas. `example` is a size with a unit, for the error."""
-    try:
-        sizes = tuple(parse_size(part.strip().removesuffix("/s")) for part in text.split(","))
-    except UsageError as error:
-        raise ValueError(f"{error.what}: {error.remedy}") from error
-    if min(sizes) < _LEAST_SIZE:
-        raise ValueError(f"{text!r} has a size below 1 MB: write the unit, as in {example}")
-    return sizes
+def _size_list(text: str) -> tuple[int, ...]:
+    """Read sizes separated by commas."""
+    return tuple(parse_size(part.strip().removesuffix("/s"), _LEAST_SIZE) for part in text.split(","))
 
 
-_MEMORY = parsed(partial(_size_list, example="24GiB"), "SIZE,…")
-_SPEEDS = parsed(partial(_size_list, example="60GB"), "SIZE,…")
+_SIZES = parsed(_size_list, "SIZE,…")
 
 
 @define_command(
@@ -60,12 +52,12 @@ _SPEEDS = parsed(partial(_size_list, example="60GB"), "SIZE,…")
 )
 @model_argument("target", "[MODEL|PRESET]", required=False)
 @model_option
-@option("--memory", "memory", "Memory for the model on each machine, this one first.", _MEMORY, required=True)
+@option("--memory", "memory", "Memory for the model on each machine, this one first.", _SIZES, required=True)
 @option(
     "--read-speed",
     "speeds",
     "What decoding reads per second on each machine; the last one is also that of any others.",
-    _SPEEDS,
+    _SIZES,
     shown="measured on this machine",
 )
 @option(

@@ -34,8 +34,9 @@ def command(source: str, revision: str | None, token: str | None, name: str, for
     """Download a GGUF model from the Hugging Face hub to the models folder.
 
     TYPE is the type that the file's name ends with, such as Q4_K_M, or the whole name. Without it, the model
-    of about 4 bits is downloaded, preferably Q4_K_M. Run the same command again to continue an interrupted
-    download. The digest of each file is checked before it gets its name.
+    of about 4 bits is downloaded, preferably Q4_K_M. The address of a page on huggingface.co works, too. Run
+    the same command again to continue an interrupted download. The digest of each file is checked before it
+    gets its name.
     """
     from dsmoe_convert.hub import HubRequest
     from dsmoe_convert.pull import parse_source, pull
@@ -43,12 +44,11 @@ def command(source: str, revision: str | None, token: str | None, name: str, for
     from dsmoe_local.model.split_name import model_stem
 
     check_hub_options(revision, token)
-    repository, wanted = parse_source(source)
+    repository, named_revision, wanted = parse_source(source)
+    request = HubRequest(repository, revision or named_revision, token)
     folder, _ = models_folder()
     pulled = run_with_progress(
-        lambda listen, stop: pull(
-            HubRequest(repository, revision, token), wanted, folder, listen, stop, name=name, force=force
-        )
+        lambda listen, stop: pull(request, wanted, folder, listen, stop, name=name, force=force)
     )
     name = model_stem(pulled.path)
     found = describe(KnownModel(name, pulled.path, ""))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     ("dsmoe quantize m.gguf --type q8 --dry-run", "Only show the types."),
 )
 @model_argument("model", "MODEL")
-@click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
+@click.argument("outs", metavar="[OUT.gguf]", nargs=-1, type=click.Path(path_type=Path))
 @option(
     "-o, --output",
     "named",
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 @option("--force", "force", "Replace an existing output or recipe.", FLAG)
 def command(
     model: str,
-    out: Path | None,
+    outs: tuple[Path, ...],
     named: Path | None,
     threads: int | None,
     dry_run: bool,
@@ -86,9 +88,8 @@ def command(
     from dsmoe_quantize.budget.explanation import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization
 
-    if out is not None and named is not None:
-        raise UsageError("two outputs are named", remedy="leave out -o or the second argument")
-    source, out = find_model(model), out or named
+    out = _output(model, [*outs, *([named] if named else [])])
+    source = find_model(model)
     values = settle_types(values, *TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     calibration = CalibrationOptions.of(values)
@@ -164,12 +165,29 @@ def _check_places(
         refuse_early(output, force, [source], split=split)
 
 
+def _output(model: str, named: Sequence[Path]) -> Path | None:
+    """Return the output that is named, if any. UsageError for several.
+
+    In llama-quantize, arguments name the type and the number of threads: the error has the right command.
+    """
+    from dsmoe_quantize.policy.types import known_words
+
+    if len(named) < 2:
+        return named[0] if named else None
+    words = {each.casefold(): each for each in known_words()}
+    wanted = next((words[path.name.casefold()] for path in named if path.name.casefold() in words), None)
+    if wanted is None:
+        raise UsageError("two outputs are named", remedy="name one")
+    command = ["dsmoe", "quantize", model, str(named[0]), "--type", wanted]
+    raise UsageError(f"the type {wanted} is not an argument here, but an option", remedy=shlex.join(command))
+
+
 def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
     """Return what --type or --recipe names. UsageError if neither is given.
 
-    In llama-quantize the type is the last argument: a type in place of `out` gets a hint.
+    A type in place of `out` gets a hint: in llama-quantize, it is the last argument.
     """
-    from dsmoe_quantize.policy.types import known_words, resolve
+    from dsmoe_quantize.policy.types import known_words, resolve, unknown_type
 
     if types.word is not None:
         with source_in_errors("word"):
@@ -177,8 +195,9 @@ def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
     recipe = types.recipe()
     if recipe is None:
         wanted = next((each for each in known_words() if out and out.name.lower() == each.lower()), None)
-        remedy = f"--type {wanted}" if wanted else f"--type {', '.join(known_words())}; or a target"
-        raise UsageError("no type is given", remedy=remedy)
+        if wanted is not None:
+            raise UsageError("no type is given", remedy=f"--type {wanted}")
+        raise unknown_type("no type is given: add --type TYPE, or a target such as --target-size 9.2GiB")
     return recipe
 
 

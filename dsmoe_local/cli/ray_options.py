@@ -52,10 +52,7 @@ def _n_workers(text: str) -> int:
 
 def _memory(text: str) -> int:
     """Read a size in bytes."""
-    try:
-        return parse_size(text, _LEAST_MEMORY)
-    except UsageError as error:
-        raise ValueError(f"{error.what}: {error.remedy}") from error
+    return parse_size(text, _LEAST_MEMORY)
 
 
 ray_options = all_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -28,21 +27,10 @@ if TYPE_CHECKING:
     from dsmoe_local.serve.options import ServeOptions
 
 _MEAN_TOKENS = 2048  # an estimate for a prompt with its reply
-_MAX_SECONDS = 10_000_000
+_MAX_SECONDS = 10_000_000  # that a timer can wait
 
 
-class _Seconds(click.FloatRange):
-    """A number of seconds that a timer can wait."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401 - as in click
-        """Read the number. Unlike its base class it refuses NaN, which no comparison finds."""
-        found = float(super().convert(value, param, ctx))
-        if math.isnan(found):
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        return found
-
-
-_SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
+_SECONDS = typed(click.FloatRange(0, _MAX_SECONDS), "SECONDS")
 
 
 @define_command(
@@ -76,7 +64,8 @@ _SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
 @option(
     "--api-key",
     "api_key",
-    "Key that requests must have. Better set DSMOE_API_KEY: others can see command lines.",
+    "Key that requests must have. Other users of this computer can see command lines: better set"
+    " DSMOE_API_KEY, or api-key in the config file.",
     text_value("KEY"),
     Group.ACCESS,
     secret=True,

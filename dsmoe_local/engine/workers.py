@@ -56,6 +56,18 @@ def parse_worker(text: str) -> Worker:
     return Worker(match[1], int(match[2] or DEFAULT_PORT), size)
 
 
+def parse_workers(texts: Sequence[str]) -> dict[str, Worker]:
+    """Return workers by endpoint. Raises UsageError for a wrong address, or one that is given twice."""
+    workers: dict[str, Worker] = {}
+    for worker in map(parse_worker, texts):
+        if worker.endpoint in workers:
+            raise UsageError(
+                f"the worker {worker.endpoint} is named twice", remedy="a worker has one part of the model"
+            )
+        workers[worker.endpoint] = worker
+    return workers
+
+
 def check_workers(workers: Sequence[Worker]) -> None:
     """Raise WorkerError for the first worker that cannot be used."""
     for worker in workers:

@@ -80,6 +80,41 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ["Invalid value for '-c' / '--ctx-size': 'much' is not a whole number"],
         ),
         (
+            ("chat", "x", "-c", "-p", "hello"),
+            ["Invalid value for '-c' / '--ctx-size': a whole number is missing before -p"],
+        ),
+        (
+            ("chat", "x", "--temp", "hot"),
+            ["Invalid value for '--temp' / '--temperature': 'hot' is not a number, such as 0.8"],
+        ),
+        (("chat", "x", "--top-p", "nan"), ["Invalid value for '--top-p': 'nan' is not a number"]),
+        (
+            ("serve", "x", "--port", "99999"),
+            ["Invalid value for '--port': 99999 is out of range: write 0 to 65535"],
+        ),
+        (("serve", "x", "-np", "0"), ["Invalid value for '-np' / '--parallel': 0 is out of range: write 1"]),
+        (
+            ("serve", "x", "--grace", "1e30"),
+            ["Invalid value for '--grace': 1e30 is out of range: write 0 to 10000000"],
+        ),
+        (
+            ("quantize", "x", "--target-bpw", "low"),
+            ["Invalid value for '--target-bpw': 'low' is not a number"],
+        ),
+        (("serve", "x", "--api-key"), ["Option '--api-key' requires an argument.", "see dsmoe serve --help"]),
+        (
+            ("chat", "x", "-p", "hi", "--rpc", "pi:5,pi:5"),
+            ["Invalid value for '--rpc': the worker pi:5 is named twice"],
+        ),
+        (
+            ("quantize", "in.gguf", "out.gguf", "q4_k_m", "8"),
+            [
+                "the type Q4_K_M is not an argument here, but an option",
+                "dsmoe quantize in.gguf out.gguf --type Q4_K_M",
+            ],
+        ),
+        (("quantize", "in.gguf", "a.gguf", "b.gguf"), ["two outputs are named", "name one"]),
+        (
             ("chat", "-p", "x", "--preset", "calm"),
             ["there is no preset 'calm'", "", "/set save NAME in a chat"],
         ),

@@ -294,6 +294,16 @@ def test_revision(hub: Hub, tmp_path: Path) -> None:
         fetch(hub, tmp_path / "other.gguf", revision="v2")
 
 
+def test_the_address_of_a_page(hub: Hub, tmp_path: Path) -> None:
+    """The address that a browser shows, refused, or its revision ignored."""
+    address = f"https://huggingface.co/{hub.repository}/tree/v2"
+    command = [sys.executable, "-c", SCRIPT, address, "-o", str(tmp_path / "out.gguf")]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "no such revision" in done.stderr
+    assert ("GET", f"/api/models/{hub.repository}/revision/v2") in hub.requests
+
+
 def test_token(hub: Hub, tmp_path: Path, expected: bytes) -> None:
     """A token that is not sent, or printed."""
     hub.token = SECRET

@@ -76,18 +76,39 @@ SPLIT = [f"tiny-Q8_0-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a/b-GGUF", ("a/b-GGUF", "")),
-        ("a/b:Q8_0", ("a/b", "Q8_0")),
-        ("hf.co/a/b:q8_0", ("a/b", "q8_0")),
-        ("https://huggingface.co/a/b/", ("a/b", "")),
+        ("a/b-GGUF", ("a/b-GGUF", None, "")),
+        ("a/b:Q8_0", ("a/b", None, "Q8_0")),
+        ("hf.co/a/b:q8_0", ("a/b", None, "q8_0")),
+        ("https://huggingface.co/a/b/", ("a/b", None, "")),
+        ("https://huggingface.co/a/b?show=files#top", ("a/b", None, "")),
+        ("https://huggingface.co/a/b/tree/main", ("a/b", "main", "")),
+        ("https://huggingface.co/a/b/tree/refs%2Fpr%2F1/", ("a/b", "refs/pr/1", "")),
+        ("https://hf.co/a/b/blob/main/c-Q8_0.gguf", ("a/b", "main", "c-Q8_0")),
+        (
+            "https://huggingface.co/a/b/resolve/v1/Q8/c-Q8_0-00001-of-00002.gguf?download=true",
+            ("a/b", "v1", "c-Q8_0"),
+        ),
     ],
 )
-def test_names_of_repositories(text: str, found: tuple[str, str]) -> None:
+def test_names_of_repositories(text: str, found: tuple[str, str | None, str]) -> None:
     """Guards: an address that ollama or a browser has, refused or taken literally."""
     assert parse_source(text) == found
 
 
-@pytest.mark.parametrize("text", ["llama3", "", "a/b/c", "../b", "a/..", "model.gguf", ":Q4_K_M"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "llama3",
+        "",
+        "a/b/c",
+        "../b",
+        "a/..",
+        "model.gguf",
+        ":Q4_K_M",
+        "https://huggingface.co/a",
+        "https://hf.co.invalid/a/b",
+    ],
+)
 def test_words_that_are_not_repositories(text: str) -> None:
     """Guards: a request to the hub for a typing error, and no word on the form of names."""
     with pytest.raises(UsageError, match="is not a repository") as caught:
@@ -371,7 +392,8 @@ def test_the_command(hub: Hub) -> None:
     assert done.stderr.splitlines()[0].startswith("tiny-Q4_K_M downloaded: BF16, ")
     assert "dsmoe run tiny-Q4_K_M" in done.stderr
     assert str(path) in dsmoe(hub, "models", "--json").stdout
-    assert "is there already" in dsmoe(hub, "pull", REPOSITORY).stderr
+    address = f"https://huggingface.co/{REPOSITORY}/blob/main/tiny-Q4_K_M.gguf"
+    assert "is there already" in dsmoe(hub, "pull", address).stderr
     (hub.folder / "odd-Q2_K.gguf").write_bytes(b"no model" * 10_000)
     refused = dsmoe(hub, "pull", f"{REPOSITORY}:Q2_K")
     assert refused.returncode == 1

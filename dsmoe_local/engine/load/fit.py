@@ -36,7 +36,7 @@ from dsmoe_local.engine.load.placement import (
 )
 from dsmoe_local.engine.load.probe import BufferSizes, Probe, measure_context, sizes_by_context
 from dsmoe_local.engine.types import CHAT_RATIO, ModelOptions
-from dsmoe_local.engine.workers import Worker, check_workers, parse_worker
+from dsmoe_local.engine.workers import Worker, check_workers, parse_workers
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors
 from dsmoe_local.model.hyperparameters import ModelOutline
@@ -77,7 +77,7 @@ def connect_workers(texts: Sequence[str]) -> dict[str, Worker]:
 
     Raises UsageError for a wrong address, WorkerError for a worker that cannot be used.
     """
-    workers = {worker.endpoint: worker for worker in map(parse_worker, texts)}
+    workers = parse_workers(texts)
     if workers:
         native.check_rpc()
         check_workers(list(workers.values()))
@@ -135,9 +135,8 @@ def fit_model(
         notes.append(placement.describe())
     if placement.n_separated and options.n_cpu_moe is None:
         notes.append(_separation(placement.n_separated))
-    if workers and options.n_gpu_layers is None and not any(share.worker for share in placement.shares):
-        notes.append("the workers are not used: the model fits here. -ngl all places all layers on them")
-    notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
+    notes += [*_unused_workers(options, placement, devices), *plan.notes, *more]
+    notes += _overcommitment(placement, devices)
     return Fit(plan.n_context, flash_attention, paged, placement, buffers.total, tuple(notes))
 
 
@@ -303,6 +302,17 @@ def _paged(
     if plan.paged or n_weights + n_cache + PROCESS_BYTES <= available:
         return plan.paged, []
     return True, [paging_note(n_weights, n_cache, available)]
+
+
+def _unused_workers(
+    options: ModelOptions, placement: Placement, devices: Sequence[DeviceMemory]
+) -> list[str]:
+    used = {share.worker for share in placement.shares if share.weights}
+    unused = [device.worker for device in devices if device.worker and device.worker not in used]
+    if options.n_gpu_layers is None and not any(used):
+        found = "the workers are not used: the model fits here. -ngl all places all layers on them"
+        return [found] if unused else []
+    return [f"the worker {each} is not used: it has no room for a layer, or none is left" for each in unused]
 
 
 def _separation(n_layers: int) -> str:

@@ -34,11 +34,20 @@ def resolve(word: str) -> TypeChoice:
     mix = MIXES.get(ALIASES.get(upper, upper))
     choice = RECIPES.get(word.lower()) or mix or FLOAT_TYPES.get(upper)
     if choice is None:
-        words = known_words()
-        meant = [each for each in words if upper and each.upper().startswith(upper)]
-        remedy = f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(words)}"
-        raise UsageError(f"{safe_line(word, 40)!r} is not a type", remedy=remedy)
+        what = f"{safe_line(word, 40)!r} is not a type"
+        meant = [each for each in known_words() if upper and each.upper().startswith(upper)]
+        if meant:
+            raise UsageError(what, remedy=f"did you mean {' or '.join(meant)}?")
+        raise unknown_type(what)
     return choice
+
+
+def unknown_type(what: str) -> UsageError:
+    """Return the error for a missing or unknown type. It lists the types."""
+    others = [word for word in known_words() if word not in RECIPES]
+    return UsageError(
+        what, where=f"recipes: {', '.join(RECIPES)}", remedy=f"llama.cpp's types: {', '.join(others)}"
+    )
 
 
 def resolve_for(choice: TypeChoice, hp: Hyperparameters) -> ResolvedType:
