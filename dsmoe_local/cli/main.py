@@ -15,11 +15,13 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 
 import click
 
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
+from dsmoe_local.base.signals import handling
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.cli.commands import ALIASES, COMMANDS, load_command, no_such_command
 
@@ -66,28 +68,42 @@ def group() -> None:
     """Convert, quantize and run mixtures of experts on a laptop."""
 
 
-def run(command: click.Command, program: str) -> int:
-    """Run the command line of this process. Print errors on stderr and return the exit code."""
+def run(load: Callable[[], click.Command], program: str) -> int:
+    """Run the command line of this process with the command that `load` returns. Return the exit code.
+
+    Errors are printed on stderr. SIGTERM interrupts a command as Ctrl-C does.
+    """
     _open_closed_streams()
     _replace_unencodable()
+    received: list[int] = []
+
+    def terminate(number: int) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    with handling({signal.SIGTERM: terminate}):
+        return _run(load, program, received)
+
+
+def _run(load: Callable[[], click.Command], program: str, received: Sequence[int]) -> int:
     debug = "--debug" in sys.argv or os.environ.get("DSMOE_DEBUG", "").strip().lower() not in _OFF
     try:
-        result = command.main(prog_name=program, standalone_mode=False)
+        result = load().main(prog_name=program, standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         # The message is the help page.
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.ClickException as error:
-        complain(_one_dash(command) or "\n".join(_lines(error)))
+        complain(_one_dash(load()) or "\n".join(_lines(error)))
         return error.exit_code
     except DsmoeError as error:
         if debug:
             traceback.print_exc()
-        complain(_one_dash(command) or str(error))
+        complain(_one_dash(load()) or str(error))
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        interrupted = InterruptedRunError("interrupted")
+    except (click.Abort, KeyboardInterrupt) as error:
+        interrupted = _interruption(error, received)
         complain(str(interrupted))
         return interrupted.exit_code
     except BrokenPipeError:
@@ -110,6 +126,19 @@ def run(command: click.Command, program: str) -> int:
         complain(f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it")
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _interruption(error: BaseException, received: Sequence[int]) -> InterruptedRunError:
+    """Return the error to show for Ctrl-C, or for the signal that was received.
+
+    If the signal came while the work was ending after an earlier one, this is the error of the work.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InterruptedRunError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return InterruptedRunError("interrupted", signal_number=received[0] if received else signal.SIGINT)
 
 
 def _discard_output() -> None:
@@ -184,27 +213,27 @@ def complain(message: str) -> None:
 
 def dsmoe() -> None:
     """The `dsmoe` script."""
-    sys.exit(run(group, "dsmoe"))
+    sys.exit(run(lambda: group, "dsmoe"))
 
 
 def convert() -> None:
     """The `dsmoe-convert` script."""
-    sys.exit(run(load_command("convert"), "dsmoe-convert"))
+    sys.exit(run(lambda: load_command("convert"), "dsmoe-convert"))
 
 
 def quantize() -> None:
     """The `dsmoe-quantize` script."""
-    sys.exit(run(load_command("quantize"), "dsmoe-quantize"))
+    sys.exit(run(lambda: load_command("quantize"), "dsmoe-quantize"))
 
 
 def chat() -> None:
     """The `dsmoe-chat` script."""
-    sys.exit(run(load_command("chat"), "dsmoe-chat"))
+    sys.exit(run(lambda: load_command("chat"), "dsmoe-chat"))
 
 
 def batch() -> None:
     """The `dsmoe-batch` script."""
-    sys.exit(run(load_command("batch"), "dsmoe-batch"))
+    sys.exit(run(lambda: load_command("batch"), "dsmoe-batch"))
 
 
 if _on_interrupt is signal.default_int_handler:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
 """The time between two lines of progress in a file or a pipe."""
+_SAME_SECONDS = 1.0
+"""Signals within this time of the first one mean the same."""
 
 
 class ProgressView:
@@ -143,7 +145,7 @@ def run_with_progress(
     """Call `work` with a listener that shows its progress, and with `stop` or a new event.
 
     SIGINT and SIGTERM set the event. `work` then raises InterruptedRunError, which gets the exit status of
-    the signal. A second signal ends the process at once.
+    the signal. A later signal ends the process at once, but one within a second is that of a double Ctrl-C.
     """
     view = ProgressView(console(stderr=True, soft_wrap=True))
     stop = stop or threading.Event()
@@ -165,9 +167,16 @@ def _stopping_on_signals(stop: threading.Event, received: list[int]) -> Iterator
         return
 
     def handle(number: int) -> None:
-        received.append(number)
-        stop.set()
-        installed.close()
+        nonlocal until
+        if not received:
+            received.append(number)
+            stop.set()
+            until = time.monotonic() + _SAME_SECONDS
+        elif time.monotonic() > until:
+            installed.close()
+            signal.raise_signal(number)
+
+    until = 0.0
 
     with ExitStack() as installed:
         installed.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), handle)))

@@ -121,7 +121,8 @@ def _serve(host: str, port: int, n_threads: int | None) -> None:
     threads = n_threads or physical_cores()
     _announce(devices, host, port, threads, available_memory())
     # llama.cpp's loop does not return to Python, so that only the default actions can end it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()
     native.serve_devices(f"{host}:{port}", [device.name for device in devices], threads)
     raise DsmoeError(f"{host}:{port} cannot be used", remedy="name another port with --port")

@@ -243,7 +243,7 @@ def test_help_and_completion_need_no_valid_file(
     """Guards: no help for those who have to repair their file."""
     write_config("this is no TOML")
     monkeypatch.setattr(sys, "argv", ["dsmoe", "chat", "--help"])
-    assert run(group, "dsmoe") == 0
+    assert run(lambda: group, "dsmoe") == 0
     assert "--temp" in capsys.readouterr().out
     for words in ("dsmoe chat --to", "dsmoe chat -m ", "dsmoe chat --preset "):
         monkeypatch.setenv("COMP_WORDS", words)
@@ -251,7 +251,7 @@ def test_help_and_completion_need_no_valid_file(
         monkeypatch.setenv("_DSMOE_COMPLETE", "bash_complete")
         monkeypatch.setattr(sys, "argv", ["dsmoe"])
         with pytest.raises(SystemExit):
-            run(group, "dsmoe")
+            run(lambda: group, "dsmoe")
         captured = capsys.readouterr()
         assert not captured.err
         assert ("--top-k" in captured.out) == words.endswith("--to")
@@ -351,7 +351,7 @@ def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for config in ("broken = = 1", ""):
         write_config(config)
         monkeypatch.setattr(sys, "argv", ["dsmoe", "chat", "--preset", "x", "--help"])
-        assert run(group, "dsmoe") == 0
+        assert run(lambda: group, "dsmoe") == 0
         assert "--temp" in capsys.readouterr().out
     assert "no preset 'x'" in complaint(capsys, "chat", "--preset", "x", "-p", "y")
 

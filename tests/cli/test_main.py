@@ -11,6 +11,7 @@ import click
 import pytest
 from support.configured import complaint
 
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.cli import main
 from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE, load_command
 from dsmoe_local.cli.main import group
@@ -144,5 +145,22 @@ def test_ctrl_c_anywhere_is_130(
         raise error
 
     monkeypatch.setattr(sys, "argv", ["dsmoe"])
-    assert main.run(command, "dsmoe") == 130
+    assert main.run(lambda: command, "dsmoe") == 130
     assert capsys.readouterr().err.strip() == "error: interrupted"
+
+
+def test_ctrl_c_while_an_interrupted_run_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a double Ctrl-C that hides how to continue."""
+
+    @click.command
+    def command() -> None:
+        try:
+            raise InterruptedRunError("interrupted", signal_number=15, remedy="run the same command again")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["dsmoe"])
+    assert main.run(lambda: command, "dsmoe") == 143
+    assert capsys.readouterr().err.endswith("error: interrupted\n  run the same command again\n")

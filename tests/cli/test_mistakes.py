@@ -195,19 +195,32 @@ def test_unknown_variables_are_told(
     assert config_folder().is_dir()
 
 
-def test_an_interrupt_while_modules_are_imported() -> None:
-    """Guards: a traceback for Ctrl-C in the first tenth of a second."""
-    hook = """if True:
-        import os, signal, sys
+def interrupted_at(module: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Run `dsmoe quantize` with a signal while a module is imported."""
+    hook = f"""if True:
+        import os, sys
         class Interrupt:
             def find_spec(self, name, path=None, target=None):
-                if name == "click":
-                    os.kill(os.getpid(), signal.SIGINT)
+                if name == "{module}":
+                    os.kill(os.getpid(), {int(number)})
         sys.meta_path.insert(0, Interrupt())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", hook + START, "--help"], capture_output=True, text=True, check=False
+    start = "from dsmoe_local.cli.main import quantize; quantize()"
+    return subprocess.run(
+        [sys.executable, "-c", hook + start, "--help"], capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_command_is_imported(number: signal.Signals, status: int) -> None:
+    """Guards: a traceback for Ctrl-C, and no message at all for SIGTERM."""
+    done = interrupted_at("dsmoe_local.cli.target_options", number)
+    assert (done.returncode, done.stderr) == (status, "error: interrupted\n")
+
+
+def test_an_interrupt_while_modules_are_imported() -> None:
+    """Guards: a traceback for Ctrl-C in the first tenth of a second."""
+    done = interrupted_at("click", signal.SIGINT)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
     # Afterwards it is the programs' own again.
     code = "import signal, dsmoe_local.cli.main; assert signal.getsignal(2) is signal.default_int_handler"

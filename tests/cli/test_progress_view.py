@@ -9,7 +9,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
+from dsmoe_local.cli import progress
 from dsmoe_local.cli.progress import ProgressView, run_with_progress
 
 READING = (Started("reading", 2048, unit="tokens"), *(Advanced(512),) * 4, Finished("reading"))
@@ -52,6 +54,23 @@ def test_lines_where_no_bar_can_be_drawn(seconds: float, events: tuple[Event, ..
         view.listen(event)
     view.close()
     assert out.getvalue().splitlines() == lines
+
+
+def test_a_double_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a double Ctrl-C that hides how to continue; one that cannot end work that hangs."""
+
+    def work(listen: Listener, stop: threading.Event) -> None:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        raise InterruptedRunError("interrupted", remedy="run the same command again")
+
+    monkeypatch.setattr(progress, "_SAME_SECONDS", 1000.0)
+    with pytest.raises(InterruptedRunError, match="run the same command again"):
+        run_with_progress(work)
+    monkeypatch.setattr(progress, "_SAME_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_with_progress(work)
 
 
 def test_ignored_signals_do_not_stop_work() -> None:

@@ -28,7 +28,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str, status: int |
     """Return the error message of a command that fails, with 1 or 2 or the given exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dsmoe", *arguments])
-        returned = run(group, "dsmoe")
+        returned = run(lambda: group, "dsmoe")
     error = capsys.readouterr().err
     assert returned in ((1, 2) if status is None else (status,)), error
     return error
