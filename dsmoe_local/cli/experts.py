@@ -76,10 +76,15 @@ def command(
     from dsmoe_local.experts.cost import own_number
     from dsmoe_local.experts.reading import OBSERVERS
 
+    # Before stdin is read, which may wait for the user.
+    if not own_number(path):
+        raise UsageError(
+            "the model is dense: it has no routed experts",
+            where=safe_line(str(path)),
+            remedy="name a mixture of experts, such as the demo model: dsmoe demo makes it",
+        )
     contents = [read_text(name).content for name in names]
     texts = dict(zip(_titles(names), contents, strict=True))
-    if not own_number(path):
-        raise UsageError("the model is dense: it has no routed experts", where=safe_line(str(path)))
     stop = threading.Event()
     with load_engine(
         path,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from dsmoe_local.model.discovery import ModelDescription
 
-_WIDE = 80
-"""The least columns for a table with paths."""
+_COLUMNS = ("name", "size", "type", "context", "from", "file")
+_FILE_COLUMNS = 1000  # where the output is a file or a pipe: nothing is left out
 
 
 @define_command(
@@ -75,37 +75,39 @@ def _as_json(description: ModelDescription) -> dict[str, Any]:
 
 
 def _show(models: list[ModelDescription]) -> None:
-    out = console(file_columns=160)
-    wide = out.width >= _WIDE
-    table = plain_table()
-    table.add_column("name", overflow="fold", min_width=12)
-    for heading in ("size", "type", "context"):
-        table.add_column(heading, justify="right" if heading != "type" else "left", no_wrap=True)
-    if wide:
-        table.add_column("from", no_wrap=True)
-        table.add_column("file", overflow="fold")
-    for each in models:
-        table.add_row(*_row(each, wide=wide))
+    """Print a table. Names are not broken: in a narrow terminal, the table has fewer columns."""
+    out = console(file_columns=_FILE_COLUMNS)
+    rows = [_row(each) for each in models]
+    for columns in (_COLUMNS, _COLUMNS[:-2], _COLUMNS[:1]):
+        table = plain_table(*columns, left=("name", "type", "from", "file"))
+        for row in rows:
+            table.add_row(*row[: len(columns)])
+        needed = out.measure(table, options=out.options.update(width=_FILE_COLUMNS)).maximum
+        if needed <= out.width:
+            break
+    else:
+        # The terminal wraps the lines, but a name can be copied as one word.
+        out.width = needed
     out.print(table)
+    for each in models:
+        if each.reason:
+            click.echo(f"{safe_line(each.model.name)} cannot be used: {safe_line(each.reason)}")
+    if columns is not _COLUMNS:
+        click.echo("Wider terminals show more columns; --json prints everything.")
 
 
-def _row(description: ModelDescription, *, wide: bool) -> list[Text]:
-    """Return the cells of a model; without its path in a narrow terminal."""
+def _row(description: ModelDescription) -> list[Text]:
+    """Return the cells of a model."""
     from rich.text import Text
 
-    reason = Text(safe_line(description.reason), style="red")
-    cells = [
+    return [
         Text(safe_line(description.model.name), style="dim" if description.reason else "bold"),
         Text(format_size(description.n_bytes)),
         Text(safe_line(description.type, 40)),
         Text(f"{description.n_context:,}" if description.n_context else ""),
+        Text(description.model.group),
+        Text(safe_line(_in_home(description.model.path)), style="dim"),
     ]
-    file = Text(safe_line(_in_home(description.model.path)), style="dim")
-    if wide:
-        return [*cells, Text(description.model.group), Text("\n").join([reason, file] if reason else [file])]
-    if reason:
-        cells[0] = Text("\n").join([cells[0], reason])
-    return cells
 
 
 def _in_home(path: Path) -> str:

@@ -166,6 +166,8 @@ def _stopping_on_signals(stop: threading.Event, received: list[int]) -> Iterator
         yield
         return
 
+    until = 0.0
+
     def handle(number: int) -> None:
         nonlocal until
         if not received:
@@ -175,8 +177,6 @@ def _stopping_on_signals(stop: threading.Event, received: list[int]) -> Iterator
         elif time.monotonic() > until:
             installed.close()
             signal.raise_signal(number)
-
-    until = 0.0
 
     with ExitStack() as installed:
         installed.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), handle)))

@@ -10,6 +10,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from support.configured import complaint
 from support.models import tiny_model
+from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.model_argument import models_folder
@@ -87,6 +88,14 @@ def test_a_word_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
         "  did you mean Tiny-v1.5?",
     ]
     assert "-m and 'unnamed'" in complaint(capsys, "experts", "unnamed", "a.txt", "-m", "tiny")
+
+
+def test_a_dense_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a message without a remedy; one that comes after a text was typed on stdin."""
+    write_tiny(here / "dense.gguf", DENSE)
+    error = complaint(capsys, "experts", "dense.gguf", "-")
+    assert error.splitlines()[0] == "error: the model is dense: it has no routed experts"
+    assert "name a mixture of experts" in error
 
 
 def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:

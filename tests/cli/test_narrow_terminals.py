@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from support.models import tiny_model
 from support.tiny_gguf import MOE, write_tiny
 
+from dsmoe_local.base.paths import data_folder
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.eval_sensitivity import show
 from dsmoe_local.cli.target_options import show_reasons
@@ -75,6 +76,18 @@ def test_targets(
     assert "…" not in offers
     for line in told[told.index("predicted error ") :].splitlines()[:3]:
         assert len(line) <= width
+
+
+def test_names_of_models(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a name or a path that is broken into lines, so that it cannot be copied."""
+    name = "DeepSeek-V2-Lite-Chat-Reasoner.Q4_K_M"
+    (folder := data_folder() / "models").mkdir(parents=True)
+    write_tiny(folder / f"{name}.gguf", MOE)
+    (folder / "broken.gguf").write_bytes(b"no model")
+    run("models")
+    out = printed(capsys, max(width, 80))  # the path of the models folder is long
+    assert name in out.split()
+    assert "broken cannot be used: broken.gguf is not a GGUF file" in out
 
 
 @pytest.mark.parametrize("width", [60], indirect=True)

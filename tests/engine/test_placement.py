@@ -16,6 +16,7 @@ from dsmoe_local.engine.load.placement import (
     PlacementOptions,
     WeightSizes,
     place,
+    unused_workers,
     usable_memory,
     weight_sizes,
 )
@@ -201,6 +202,14 @@ def test_layers_on_workers_keep_their_experts(
     held = dict(zip(chosen.devices, chosen.split, strict=True))
     assert tuple(held.get(device.name, 0) for device in devices) == split
     assert (chosen.n_cpu_moe, chosen.fits) == (n_cpu_moe, fits)
+
+
+def test_workers_without_a_layer() -> None:
+    """Guards: a worker that the user names and that holds nothing, without a word."""
+    workers = [DeviceMemory(f"RPC{n}", room, worker=f"host:{n}") for n, room in enumerate((20, 900, 900))]
+    chosen = place(MOE, workers, PlacementOptions(ALL_LAYERS), cache=1, compute={})
+    assert unused_workers(chosen, workers) == ["host:0", "host:2"]
+    assert unused_workers(chosen, workers[1:2]) == []
 
 
 def test_experts_stay_here_if_the_workers_have_no_room() -> None:

@@ -31,6 +31,7 @@ from dsmoe_local.engine.load.placement import (
     PlacementOptions,
     WeightSizes,
     place,
+    unused_workers,
     usable_memory,
     weight_sizes,
 )
@@ -135,8 +136,14 @@ def fit_model(
         notes.append(placement.describe())
     if placement.n_separated and options.n_cpu_moe is None:
         notes.append(_separation(placement.n_separated))
-    notes += [*_unused_workers(options, placement, devices), *plan.notes, *more]
-    notes += _overcommitment(placement, devices)
+    unused = unused_workers(placement, devices)
+    if workers and options.n_gpu_layers is None and len(unused) == len(workers):
+        notes.append("the workers are not used: the model fits here. -ngl all places all layers on them")
+    else:
+        notes += [
+            f"the worker {each} is not used: it has no room for a layer, or none is left" for each in unused
+        ]
+    notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
     return Fit(plan.n_context, flash_attention, paged, placement, buffers.total, tuple(notes))
 
 
@@ -302,17 +309,6 @@ def _paged(
     if plan.paged or n_weights + n_cache + PROCESS_BYTES <= available:
         return plan.paged, []
     return True, [paging_note(n_weights, n_cache, available)]
-
-
-def _unused_workers(
-    options: ModelOptions, placement: Placement, devices: Sequence[DeviceMemory]
-) -> list[str]:
-    used = {share.worker for share in placement.shares if share.weights}
-    unused = [device.worker for device in devices if device.worker and device.worker not in used]
-    if options.n_gpu_layers is None and not any(used):
-        found = "the workers are not used: the model fits here. -ngl all places all layers on them"
-        return [found] if unused else []
-    return [f"the worker {each} is not used: it has no room for a layer, or none is left" for each in unused]
 
 
 def _separation(n_layers: int) -> str:

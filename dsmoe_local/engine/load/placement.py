@@ -212,6 +212,12 @@ def place(
     return replace(placement, fits=False)
 
 
+def unused_workers(placement: Placement, devices: Sequence[DeviceMemory]) -> list[str]:
+    """Return the addresses of workers that hold nothing, although their devices were offered."""
+    used = {share.worker for share in placement.shares if share.weights}
+    return list(dict.fromkeys(each.worker for each in devices if each.worker and each.worker not in used))
+
+
 def _without_fixed(device: DeviceMemory, weights: WeightSizes) -> DeviceMemory:
     """Return a device without the bytes that overrides place there."""
     return replace(device, n_bytes=device.n_bytes - weights.fixed.get(device.name, 0))
