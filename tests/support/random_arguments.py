@@ -219,7 +219,7 @@ def run(words: list[str], stdin: bytes, encoding: str, patch: pytest.MonkeyPatch
         inner.setattr(sys, "stderr", err)
         status: object
         try:
-            status = main.run(main.group, "dsmoe")
+            status = main.run(lambda: main.group, "dsmoe")
         except BaseException as error:  # noqa: BLE001 - whatever escapes is the finding
             status = error
         err.flush()
