@@ -149,7 +149,9 @@ _LEAVES = st.one_of(
         st.integers(0, 20),
     ),
     st.builds(
-        lambda values: {"enum": values}, st.lists(st.text(max_size=6) | st.integers(), min_size=1, max_size=4)
+        lambda values: {"enum": values},
+        # llguidance reads numbers as float64, as JavaScript does: integers beyond 2^53 are rounded.
+        st.lists(st.text(max_size=6) | st.integers(-(2**53), 2**53), min_size=1, max_size=4),
     ),
     st.just({"type": ["string", "null"]}),
     st.just({}),
