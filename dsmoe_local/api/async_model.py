@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from dsmoe_local.api.errors import ParametersInErrors
 from dsmoe_local.api.model import load_engine
 from dsmoe_local.api.options import LoadOptions, ReplyOptions, Warn, warning_at_caller
 from dsmoe_local.api.requests import (
@@ -225,7 +226,8 @@ class _Events(AsyncIterator[TokenEvent]):
         self._over = True
         if event is None:
             raise StopAsyncIteration
-        raise event
+        with ParametersInErrors():
+            raise event
 
     def close(self) -> None:
         """Cancel the request if it is running, and end the iteration."""
@@ -241,6 +243,7 @@ async def _start(engine: EngineClient, request: Request, deliver: Deliver) -> Ti
     """Start a request in a thread, since a load after a crash takes long. A cancelled task cancels both."""
     abandoned = threading.Event()
 
+    @ParametersInErrors()
     def start() -> Ticket:
         ticket = engine.start(request, deliver)
         if abandoned.is_set():

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from dsmoe_local.api.errors import ParametersInErrors
 from dsmoe_local.api.options import LoadOptions, ReplyOptions, Warn, model_options, warning_at_caller
 from dsmoe_local.api.requests import (
     OF_ONE_REQUEST,
@@ -37,6 +38,7 @@ def open_model(model: str | Path, **options: Unpack[LoadOptions]) -> Model:
     return Model(load_engine(model, options, warning_at_caller()))
 
 
+@ParametersInErrors()
 def load_engine(
     model: str | Path, options: LoadOptions, warn: Warn, stop: threading.Event | None = None
 ) -> EngineClient:
@@ -136,6 +138,7 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @ParametersInErrors()
     def _reply(self, request: Request) -> Reply:
         collector = self._requests.collector(request)
         for event in self._engine.submit(request):
@@ -149,12 +152,14 @@ class Stream(Iterator[str]):
     Closing or forgetting it cancels the reply.
     """
 
+    @ParametersInErrors()
     def __init__(self, model: Model, engine: EngineClient, request: Request, requests: Requests) -> None:
         check_stream(request)
         self._model = model  # which would end the engine if it was forgotten
         self._collector = requests.collector(request)
         self._events = EventStream(engine.start, request)
 
+    @ParametersInErrors()
     def __next__(self) -> str:
         for event in self._events:
             self._collector.add(event)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dsmoe_local.api.errors import use_parameters
 from dsmoe_local.api.options import check_names
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.engine.errors import EngineCrashError, NativeError, PromptError, TemplateError
@@ -40,6 +41,10 @@ class Result:
     request: Mapping[str, Any]
     reply: Reply | None = None
     error: DsmoeError | None = None
+
+    def __post_init__(self) -> None:
+        if self.error is not None:
+            use_parameters(self.error)
 
 
 class Requests:

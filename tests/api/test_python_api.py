@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from support.models import tiny_model
 from support.processes import is_gone
 
 import dsmoe_local
+from dsmoe_local.api.errors import PARAMETERS
 from dsmoe_local.api.options import NOT_OPTIONS, LoadOptions, ReplyOptions
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.paths import data_folder
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, PromptError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import Message, ModelOptions, Prompt, Request, SamplingParameters
@@ -193,6 +195,42 @@ def test_a_name_and_the_context(path: Path) -> None:
         assert asyncio.run(open_it()) == 256
     assert {each.filename for each in (*warned, *warned_async)} == {__file__}
     assert recent_models() == [folder / "small.gguf"]
+
+
+def test_errors_name_parameters(path: Path) -> None:
+    """Guards: advice to use -c, an option of the command line, to the author of a script."""
+    long = "word " * 200
+    told = re.escape("use a longer context (n_context, at most")
+
+    async def streamed(model: dsmoe_local.AsyncModel) -> None:
+        async for _ in model.stream(long):
+            pass
+
+    with dsmoe_local.open_model(path, n_context=64) as model:
+        same = dsmoe_local.AsyncModel(model._engine)
+        calls: list[Callable[[], object]] = [
+            lambda: model.chat(long),
+            lambda: list(model.stream(long)),
+            lambda: asyncio.run(same.complete(long)),
+            lambda: asyncio.run(streamed(same)),
+        ]
+        for call in calls:
+            with pytest.raises(PromptError, match=told):
+                call()
+        (result,) = model.batch([{"prompt": long}])
+        assert re.search(told, str(result.error))
+    with pytest.raises(UsageError, match=r"^n_gpu_layers -7 is out of range"):
+        dsmoe_local.open_model(path, n_gpu_layers=-7)
+
+
+def test_every_option_in_messages_has_a_parameter() -> None:
+    """Guards: an option in a message of the engine that the table lacks, or has as another parameter."""
+    sources = "".join(path.read_text() for path in (ROOT / "dsmoe_local" / "engine").rglob("*.py"))
+    for option in load_command("batch").params:
+        for flag in option.opts:
+            named = re.search(rf"[\"'( ]{flag}[\"' ,:)]", sources)
+            if option.name in LoadOptions.__annotations__ and named:
+                assert PARAMETERS[flag] == option.name
 
 
 def test_options_are_those_of_the_engine() -> None:
