@@ -15,6 +15,7 @@ Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ class MissingExtraError(DsmoeError):
     """A package of an optional extra is not installed."""
 
     def __init__(self, extra: str, package: str, purpose: str) -> None:
-        super().__init__(f"{package} is needed for {purpose}: pip install 'dsmoe-local[{extra}]'")
+        # With the Python that runs this: there may be others, each with its own pip.
+        install = f"{sys.executable} -m pip install 'dsmoe-local[{extra}]'"
+        super().__init__(f"{package} is needed for {purpose}: {install}")
 
 
 class FileError(DsmoeError):

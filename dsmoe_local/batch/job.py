@@ -29,6 +29,7 @@ from dsmoe_local.batch.urls import Url, check_upload, upload
 from dsmoe_local.batch.workload import BYTES_PER_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import ModelInfo, Request
+from dsmoe_local.model.identity import has_identity
 from dsmoe_local.protocol.requests import RequestDefaults
 
 REQUESTS = InputForm()
@@ -45,8 +46,9 @@ class BatchOptions:
 
     `settings` are the other things that a reply depends on, such as the model: a run with different settings
     cannot continue an output. `names` gives the text that messages show for a setting whose value is a
-    digest. `deterministic`: the engine is deterministic, and requests that sample without a seed get one that
-    depends on the line only. `max_errors`: stop when more lines than this have failed.
+    digest. `model` is the file whose `file_identity` is the setting of that name. `deterministic`: the engine
+    is deterministic, and requests that sample without a seed get one that depends on the line only.
+    `max_errors`: stop when more lines than this have failed.
     """
 
     sources: Sequence[Path | Url]
@@ -58,6 +60,7 @@ class BatchOptions:
     input: InputForm = REQUESTS
     settings: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    model: Path | None = None
     ordered: bool = False
     deterministic: bool = False
     restart: bool = False
@@ -105,6 +108,16 @@ class Job:
         """With `deterministic`: FileError unless the model is loaded as it was for the existing records."""
         if self.options.deterministic:
             self.output.require(self.loaded(info))
+
+    def check_model(self) -> None:
+        """Raise FileError if another file has the model's name by now: records would be of two models."""
+        model = self.options.model
+        if model is not None and not has_identity(model, self.options.settings["model"]):
+            raise FileError(
+                "the model was replaced or removed while the batch ran",
+                where=model,
+                remedy="put it back and run the same command again, or start over: --restart",
+            )
 
     def loaded(self, info: ModelInfo) -> Mapping[str, str]:
         """Return what replies depend on with `deterministic` and that is known once the model is loaded."""

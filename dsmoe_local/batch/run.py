@@ -33,9 +33,10 @@ def run(
     or llama.cpp fails, the running requests are retried one at a time; a request that also fails on its own
     becomes an error record. Setting `stop` cancels the running replies and raises InterruptedRunError.
 
-    Raises FileError if the output cannot be written, ErrorLimitError, and the error of a model that cannot be
-    loaded again.
+    Raises FileError if the output cannot be written or the model was replaced, ErrorLimitError, and the error
+    of a model that cannot be loaded again.
     """
+    job.check_model()
     job.require(engine.info)
     stop = stop or threading.Event()
     with running(job, engine.info.name, listen, stop):
@@ -111,6 +112,7 @@ class _Run:
         if self._suspects:
             if not running:
                 # `encode` loads the model again here, so that a load error is not blamed on the suspect.
+                self._job.check_model()
                 self._engine.encode("a")
                 self._begin(self._suspects.pop(0), alone=True)
             return

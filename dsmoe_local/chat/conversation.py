@@ -193,9 +193,7 @@ class Conversation:
         """
         if not self.turns:
             raise UsageError("there is no reply to continue yet")
-        last = self.turns[-1]
-        is_known = bool(last.token_ids or self.engine.info.server)
-        if not self.completes and is_known and last.ending is FinishReason.STOP:
+        if not self.completes and self.turns[-1].ending is FinishReason.STOP:
             raise UsageError("the reply is complete", remedy="/regen generates another one; or ask for more")
         return self._reply(self.turns)
 

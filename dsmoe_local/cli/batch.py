@@ -269,6 +269,7 @@ def _options(
         ),
         names=_names(model, values),
         settings=_settings(model, n_deterministic, values),
+        model=model,
         deterministic=n_deterministic is not None,
         **_destination(values.pop("out"), values.pop("form")),
         **{name: values.pop(name) for name in ("ordered", "restart", "max_errors")},

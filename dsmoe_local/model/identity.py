@@ -35,6 +35,11 @@ def file_identity(path: Path) -> str:
         return _identity([file, *others], model)
 
 
+def has_identity(path: Path, identity: str) -> bool:
+    """Return True if there is a file with this `file_identity`. Raises FileError if it cannot be read."""
+    return path.is_file() and file_identity(path) == identity
+
+
 def exact_identity(model: GgufFile) -> str:
     """Return `file_identity` and each file's device, inode and times of change, which tell it from copies.
 

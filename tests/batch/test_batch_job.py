@@ -22,6 +22,7 @@ from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.writer import ErrorLimitError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.types import Request, SamplingParameters
+from dsmoe_local.model.identity import file_identity
 from dsmoe_local.protocol.requests import RequestDefaults
 
 
@@ -433,6 +434,32 @@ def test_a_model_that_cannot_be_loaded_again(tmp_path: Path, kind: type[EngineEr
     with pytest.raises(kind):
         run_batch(engine, replace(options, ordered=True))
     assert [record["id"] for record in records(options.out)] == ["line-1"]
+    assert len(answer(FakeEngine(), options)) == 4
+
+
+def test_a_model_that_is_replaced(tmp_path: Path) -> None:
+    """Guards: records of two models in one output after a crash of the engine."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"the model")
+
+    def kills(prompt: str) -> bool:
+        if prompt == "kill":
+            model.write_bytes(b"another")
+        return prompt == "kill"
+
+    options = batch(
+        tmp_path,
+        *({"prompt": text} for text in ("live", "kill", "live", "live")),
+        model=model,
+        settings={"model": file_identity(model)},
+        ordered=True,
+    )
+    with pytest.raises(FileError, match="the model was replaced"):
+        run_batch(CrashingEngine(kills, patience=3), options)
+    assert [record["id"] for record in records(options.out)] == ["line-1"]
+    with pytest.raises(FileError, match="the model was replaced"):
+        run_batch(FakeEngine(), options)
+    model.write_bytes(b"the model")
     assert len(answer(FakeEngine(), options)) == 4
 
 

@@ -87,7 +87,7 @@ def test_help_fits_a_small_window() -> None:
         (["/continue"], "there is no reply to continue yet"),
         (["/system Be\x1b[2J brief.", "/system"], "system: Be\N{SYMBOL FOR ESCAPE}[2J brief."),
         (["/system x", "/system off"], "no system text"),
-        (["/show prompt"], "the context is empty"),
+        (["/show prompt"], "there is no prompt yet"),
         (["/show nonsense"], "/show takes info, parameters, template, prompt"),
         (["/show"], "routed experts  6 of 64"),
         (["/show template"], "{{ messages }}"),

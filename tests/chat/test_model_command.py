@@ -91,6 +91,14 @@ def test_the_conversation_goes_on(models: Path) -> None:
     assert recent_models() == [models / "beta.gguf"]
 
 
+def test_a_complete_reply_of_another_model(models: Path) -> None:
+    """Guards: text of another model that is added to a complete reply, unless the vocabularies are equal."""
+    chat, screen, _ = named_chat()
+    take(chat, "one", "/model beta", "/continue")
+    assert screen.errors[-1].what == "the reply is complete"
+    assert screen.replies == ["one"]
+
+
 def test_ids_of_the_same_vocabulary_stay(models: Path) -> None:
     """Guards: a reply that is tokenized again although the other model is only another type."""
     chat, _, engine = named_chat()

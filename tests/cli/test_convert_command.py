@@ -156,7 +156,8 @@ def test_bin_files_without_torch(checkpoint: Path) -> None:
     command = [sys.executable, "-c", code, "old", "--allow-pickle"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: torch is needed for .bin files: pip install 'dsmoe-local[pickle]'\n"
+    install = f"{sys.executable} -m pip install 'dsmoe-local[pickle]'"
+    assert done.stderr == f"error: torch is needed for .bin files: {install}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -28,7 +28,7 @@ from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.engine.load.parallel import Workload, choose_parallel
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
-from dsmoe_local.model.identity import file_identity
+from dsmoe_local.model.identity import has_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class Worker:
         """Return the file of the model on this machine: at its own path, or a copy."""
         own = self._options.model.path
         for path in (own, self._copy_folder / own.name):
-            if path.is_file() and file_identity(path) == self._options.identity:
+            if has_identity(path, self._options.identity):
                 return path
         what = "another file has the name of the model" if own.is_file() else "the model is missing"
         remedy = "copy it there, or use --ship-model"

@@ -70,7 +70,7 @@ def _show_template(chat: Chat) -> None:
 def _show_prompt(chat: Chat) -> None:
     """Show the tokens of the context with their ids."""
     if not chat.conversation.turns:
-        chat.screen.notice("the context is empty")
+        chat.screen.notice("there is no prompt yet: it begins with your first message")
         return
     _show_tokens(chat, chat.conversation.context_ids())
 

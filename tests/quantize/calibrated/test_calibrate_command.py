@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +111,5 @@ def test_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_torch)
     result = invoke(source, "out.gguf", "--type", "q4", "--calibrate", "text.txt")
     assert isinstance(result.exception, MissingExtraError)
-    assert "torch is needed for --calibrate: pip install 'dsmoe-local[calibrate]'" in str(result.exception)
+    install = f"{sys.executable} -m pip install 'dsmoe-local[calibrate]'"
+    assert str(result.exception) == f"torch is needed for --calibrate: {install}"
