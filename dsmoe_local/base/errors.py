@@ -15,6 +15,7 @@ Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from dsmoe_local.base.text import safe_line
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The errors of a disk without space."""
+PIP = f"{shlex.quote(sys.executable or 'python3')} -m pip"
+"""The pip of the Python that runs this, for commands in messages: another pip installs elsewhere."""
 _LINE_LIMIT = 400
 
 
@@ -56,9 +59,7 @@ class MissingExtraError(DsmoeError):
     """A package of an optional extra is not installed."""
 
     def __init__(self, extra: str, package: str, purpose: str) -> None:
-        # With the Python that runs this: there may be others, each with its own pip.
-        install = f"{sys.executable} -m pip install 'dsmoe-local[{extra}]'"
-        super().__init__(f"{package} is needed for {purpose}: {install}")
+        super().__init__(f"{package} is needed for {purpose}: {PIP} install 'dsmoe-local[{extra}]'")
 
 
 class FileError(DsmoeError):

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, MissingExtraError, UsageError
+from dsmoe_local.base.errors import (
+    PIP,
+    DsmoeError,
+    FileError,
+    InterruptedRunError,
+    MissingExtraError,
+    UsageError,
+)
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
@@ -228,7 +235,7 @@ def _file_system(url: Url) -> tuple[Any, str]:
         raise UsageError(
             f"{url.protocol}:// URLs need another package: {error}",
             where=str(url),
-            remedy="" if driver in ("", "fsspec") else f"pip install {driver}",
+            remedy="" if driver in ("", "fsspec") else f"{PIP} install {driver}",
         ) from error
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsmoe_local.base.errors import PIP
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.options import json_option
@@ -26,7 +27,7 @@ BACKENDS: Mapping[str, tuple[str, str, str]] = {
 def build_command(switch: str) -> str:
     """Return the command that installs llama.cpp with a backend, given its CMake option."""
     return (
-        f'CMAKE_ARGS="-D{switch}=ON" pip install --force-reinstall --no-cache-dir --no-deps '
+        f'CMAKE_ARGS="-D{switch}=ON" {PIP} install --force-reinstall --no-cache-dir --no-deps '
         "--no-binary llama-cpp-python 'llama-cpp-python>=0.3.36,<0.3.37'"
     )
 

@@ -15,6 +15,7 @@ from support import llama_oracle
 from support.checkpoints import write_checkpoint
 from support.configured import complaint
 
+from dsmoe_local.base.errors import PIP
 from dsmoe_local.cli.convert import command
 from dsmoe_local.model.gguf_model import read_model
 
@@ -156,7 +157,7 @@ def test_bin_files_without_torch(checkpoint: Path) -> None:
     command = [sys.executable, "-c", code, "old", "--allow-pickle"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    install = f"{sys.executable} -m pip install 'dsmoe-local[pickle]'"
+    install = f"{PIP} install 'dsmoe-local[pickle]'"
     assert done.stderr == f"error: torch is needed for .bin files: {install}\n"
 
 

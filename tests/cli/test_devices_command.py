@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from support.devices import BACKENDS, open_devices, run_with_devices
 
+from dsmoe_local.base.errors import PIP
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.devices import build_command
 from dsmoe_local.engine import native
@@ -28,7 +29,7 @@ def test_the_processor_is_listed_and_builds_are_told() -> None:
     assert 0 < cpu["free_bytes"] <= cpu["total_bytes"]
     assert set(listed["builds"]) == {"Metal", "CUDA", "Vulkan"}
     page = Path(__file__).parents[2] / "docs" / "placement.md"
-    assert build_command("GGML_CUDA") in page.read_text(encoding="utf-8")
+    assert build_command("GGML_CUDA").replace(PIP, "pip") in page.read_text(encoding="utf-8")
     text = devices()
     assert "No GPU" in text
     for switch in ("-DGGML_METAL=ON", "-DGGML_CUDA=ON", "-DGGML_VULKAN=ON"):

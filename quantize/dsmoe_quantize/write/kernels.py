@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from dsmoe_local.base.errors import PIP
 from dsmoe_local.model.ggml import FLOATS, GgmlType
 from dsmoe_quantize.errors import KernelError
 
@@ -72,7 +73,7 @@ def library_path() -> Path:
     raise KernelError(
         f"{_LIBRARY} of llama-cpp-python is missing",
         where="searched the package's lib folder" if spec else "the package is not installed",
-        remedy="reinstall it: pip install --force-reinstall llama-cpp-python",
+        remedy=f"reinstall it: {PIP} install --force-reinstall llama-cpp-python",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from support.models import tiny_model
 
-from dsmoe_local.base.errors import FileError, FormatError, MissingExtraError, UsageError
+from dsmoe_local.base.errors import PIP, FileError, FormatError, MissingExtraError, UsageError
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.model.file_type import CALIBRATION_KEY
 from dsmoe_local.model.gguf_file import read_gguf
@@ -111,5 +110,5 @@ def test_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_torch)
     result = invoke(source, "out.gguf", "--type", "q4", "--calibrate", "text.txt")
     assert isinstance(result.exception, MissingExtraError)
-    install = f"{sys.executable} -m pip install 'dsmoe-local[calibrate]'"
+    install = f"{PIP} install 'dsmoe-local[calibrate]'"
     assert str(result.exception) == f"torch is needed for --calibrate: {install}"
