@@ -34,11 +34,11 @@ _ABOUT = (
     "\b\nTYPE is one of these recipes:\n"
     + "\n".join(f"  {recipe.name:<10}{recipe.why}" for recipe in RECIPES.values())
     + "\nor one of llama.cpp's types:"
-    + "\n  8 to 6 bits  Q8_0, Q6_K"
-    + "\n  5 bits       Q5_K_M, Q5_K_S, Q5_1, Q5_0"
-    + "\n  4 bits       Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS"
-    + "\n  3 bits       Q3_K_L, Q3_K_M, Q3_K_S"
-    + "\n  not quantized: f32, f16, bf16"
+    + "\n  8, 6 bits  Q8_0, Q6_K"
+    + "\n  5 bits     Q5_K_M, Q5_K_S, Q5_1, Q5_0"
+    + "\n  4 bits     Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS"
+    + "\n  3 bits     Q3_K_L, Q3_K_M, Q3_K_S"
+    + "\n  floats     f32, f16, bf16"
 )
 """The text for {types} in the help of a command."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from click.testing import CliRunner, Result
 from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.quantize import command
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.policy.types import known_words
 
 
 @pytest.fixture
@@ -83,6 +86,13 @@ def test_fallbacks_are_told(source: Path) -> None:
     """Guards: a fallback that only a dry run shows."""
     result = invoke(source, "--type", "q4")
     assert "are not a multiple of 256" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["convert", "quantize"])
+def test_the_help_lists_all_types(name: str) -> None:
+    """Guards: a type that only an error message names."""
+    shown = CliRunner().invoke(load_command(name), ["--help"]).output
+    assert set(known_words()) <= set(re.split(r"[\s,]+", shown))
 
 
 def test_type_is_required(source: Path) -> None:
