@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from dsmoe_local.base.errors import MissingExtraError, UsageError
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.model_options import WINDOW_TOKENS
 from dsmoe_local.cli.option_sources import flag_of, from_command_line
 from dsmoe_local.cli.options import NUMBER, Group, all_of, choice, option, typed
@@ -27,6 +28,15 @@ _RECORD_BYTES = 320
 _WITH_CALIBRATE = ("rounding", "calibration_tokens", "calibration_seed", "device")
 """Parameters that have no effect without --calibrate."""
 
+
+def _text(context: click.Context, option: click.Parameter, value: Any) -> Any:  # noqa: ANN401 - of any source
+    """Refuse a model: in `--calibrate MODEL`, it is meant as the argument."""
+    if str(value).lower().endswith(".gguf"):
+        shown = safe_line(str(value), 60)
+        raise click.BadParameter(f"{shown!r} is a model, not a text: name it before --calibrate")
+    return value
+
+
 calibration_options = all_of(
     option(
         "--calibrate",
@@ -37,6 +47,7 @@ calibration_options = all_of(
         _CALIBRATION,
         is_flag=False,
         flag_value=BUILT_IN,
+        callback=_text,
     ),
     option(
         "--rounding",

@@ -113,6 +113,10 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
                 "dsmoe quantize in.gguf out.gguf --type Q4_K_M",
             ],
         ),
+        (
+            ("quantize", "--calibrate", "model.gguf", "--type", "q4"),
+            ["Invalid value for '--calibrate': 'model.gguf' is a model, not a text: name it before"],
+        ),
         (("quantize", "in.gguf", "a.gguf", "b.gguf"), ["two outputs are named", "name one"]),
         (
             ("chat", "-p", "x", "--preset", "calm"),
