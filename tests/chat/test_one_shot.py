@@ -170,7 +170,7 @@ def test_interruption_keeps_what_came() -> None:
         (["-f", "/no/such/file"], 1, "cannot be read"),
         (["-p", "x", "-n", "0"], 2, "max_tokens = 0 is out of range\n  from -n\n"),
         (["-p", "x", "--temp", "-1"], 2, "temperature"),
-        (["-p", "x", "--top-p", "nan"], 2, "top_p"),
+        (["-p", "x", "--top-p", "nan"], 2, "--top-p"),
         (["-p", "x", "-ngl", "some"], 2, "not a number, auto or all"),
         (["-p", "x", "--active-experts", "99"], 2, "out of range"),
         (["-p", "x" * 100_000], 1, "was not sent"),
