@@ -12,16 +12,15 @@ Reading the text with a tokenizer and writing the file are not timed. Prints a t
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.support import arguments
 from benchmarks.support.memory import own_peak
 from benchmarks.support.quality.bars import at_most
 from benchmarks.support.quality.figures import now_and_commit
@@ -39,53 +38,34 @@ from dsmoe_quantize.quantize import plan_quantization
 
 PRESET = "deepseekmoe-16b"
 HOURS = {Rounding.GPTQ: at_most(6), Rounding.LEARNED: at_most(16)}
-GIB = {rounding: at_most(12) for rounding in HOURS}
+GIB = at_most(12)
 """Bars for the whole model: hours on two cores, and peak memory."""
 
 
-class LayerClock:
-    """Notes when each layer was finished."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._ends: dict[str, float] = {}
-
-    def __call__(self, event: Event) -> None:
-        """Take a progress event."""
-        if isinstance(event, Advanced) and event.detail.startswith("layer "):
-            self._ends[event.detail] = time.monotonic()
-            print(f"\r{event.detail}: {time.monotonic() - self._started:.0f} s", end="", file=sys.stderr)
-
-    def seconds(self) -> list[float]:
-        """Return the seconds that each layer took."""
-        times = [self._started, *self._ends.values()]
-        return [end - start for start, end in pairwise(times)]
-
-
 def measure(source: Path, out: Path, word: str, calibration: Calibration, threads: int) -> list[float]:
-    """Calibrate a file; return the seconds of each layer."""
-    clock = LayerClock()
+    """Calibrate a file. Return the seconds of each layer."""
+    ends = {"": time.monotonic()}
+
+    def note(event: Event) -> None:
+        if isinstance(event, Advanced) and event.detail.startswith("layer "):
+            ends[event.detail] = time.monotonic()
+
     plan = plan_quantization(source, resolve(word))
-    quantize_calibrated(plan, out, calibration, device="cpu", threads=threads, listen=clock)
-    return clock.seconds()
-
-
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--type", default="q4", metavar="T", help="[q4]")
-    parser.add_argument("--rounding", type=Rounding, choices=tuple(HOURS), default=Rounding.GPTQ)
-    parser.add_argument("--layers", type=int, default=3, metavar="N", help="3 or more [3]")
-    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="[65,536, as the command]")
-    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the widths, 4,096 tokens")
-    return parser.parse_args()
+    quantize_calibrated(plan, out, calibration, device="cpu", threads=threads, listen=note)
+    return [end - start for start, end in pairwise(ends.values())]
 
 
 def main() -> None:
     """Measure and print."""
-    given = arguments()
+    given = arguments.parse(
+        __doc__,
+        type="q4",
+        rounding=Rounding.GPTQ,
+        layers=3,
+        tokens=65_536,
+        threads=physical_cores(),
+        quick=False,
+    )
     shape = shape_of(PRESET, quick=given.quick)
     n_tokens = 4096 if given.quick else given.tokens
     source = model_file(shape, given.layers, "bf16")
@@ -93,28 +73,18 @@ def main() -> None:
     calibration = Calibration(ids, "random", "random", given.rounding)
     with scratch_folder("calibration") as folder:
         seconds = measure(source, folder / "out.gguf", given.type, calibration, given.threads)
-    print(file=sys.stderr)
     dense, *middle, _ = seconds
     n_layers = PRESETS[PRESET].hp.n_layers
     hours = (dense + statistics.mean(middle) * (n_layers - 1)) / 3600
-    peak = own_peak() / 2**30
-    words = ["0 (dense)", *map(str, range(1, len(seconds)))]
-    lines = [(word, f"{each:.1f}") for word, each in zip(words, seconds, strict=True)]
-    lines += [(f"all {n_layers}, extrapolated", f"{hours:.2f} h"), ("peak memory", f"{peak:.2f} GiB")]
-    title = f"{given.rounding} of {shape.name} to {given.type}, {n_tokens:,} tokens"
+    gigabytes = own_peak() / 2**30
+    lines = [(str(layer), f"{each:.1f}") for layer, each in enumerate(seconds)]
+    title = f"{given.rounding} of {shape.name} to {given.type}, {n_tokens:,} tokens, {given.threads} threads"
     show(title, ("layer", "seconds"), "lr", lines)
-    for what, value, bar in (("hours", hours, HOURS), ("GiB", peak, GIB)):
-        if not bar[given.rounding].holds(value):
-            print(f"MISSED: {value:.2f} {what}, bar {bar[given.rounding]}")
-    settings = {
-        "type": given.type,
-        "rounding": given.rounding,
-        "n_tokens": n_tokens,
-        "threads": given.threads,
-    }
-    told = {"seconds": seconds, "hours": hours, "peak_gib": peak, "shape": shape.name}
-    record = {"benchmark": "calibration_time", **now_and_commit(), **machine_facts(), **settings, **told}
-    print(json.dumps(record))
+    for value, bar, what in ((hours, HOURS[given.rounding], "hours"), (gigabytes, GIB, "GiB of memory")):
+        print(f"all {n_layers} layers: {value:.2f} {what}, bar {bar}{'' if bar.holds(value) else ', MISSED'}")
+    settings = {"type": given.type, "rounding": given.rounding, "n_tokens": n_tokens}
+    told = {"seconds": seconds, "hours": hours, "peak_gib": gigabytes, "shape": shape.name}
+    print(json.dumps({**now_and_commit(), **machine_facts(), **settings, "threads": given.threads, **told}))
 
 
 if __name__ == "__main__":

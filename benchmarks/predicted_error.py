@@ -10,9 +10,7 @@ table, then one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import reference_subject
+from benchmarks.support import arguments
 from benchmarks.support.quality.choices import Costs, costs_from, solved
 from benchmarks.support.quality.fidelity import Amount, Bench, prepared
 from benchmarks.support.quality.figures import FidelityRow
@@ -50,15 +49,11 @@ def rows(bench: Bench, costs: Costs) -> Iterator[tuple[FidelityRow, float]]:
         yield bench.measure(plan, variant, ""), model.figures(plan.choices).error
 
 
-def main() -> int:
+def main() -> None:
     """Measure and print."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--reference", type=Path, default=reference_folder(), metavar="DIR", help="[cache]")
-    parser.add_argument("--sensitivity", type=Path, metavar="FILE")
-    parser.add_argument("--chunks", type=int, default=40, metavar="N", help="windows [40]")
-    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
-    given = parser.parse_args()
+    given = arguments.parse(
+        __doc__, reference=reference_folder(), sensitivity=Path, chunks=40, threads=physical_cores()
+    )
     subject = reference_subject(given.reference)
     subject = replace(subject, text=subject.calibration)
     with prepared(subject, Amount(given.chunks, None, given.threads), imatrix=False) as bench:
@@ -87,8 +82,7 @@ def main() -> int:
         "rows": [{"type": row.type, "predicted": error, "measured": row.kl} for row, error in found],
     }
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

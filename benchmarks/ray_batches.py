@@ -14,10 +14,8 @@ workers of one thread with one of two threads. Start-up is not counted. Tables, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
-import statistics
 import tempfile
 import threading
 import time
@@ -27,9 +25,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.support.runner import in_turn
+from benchmarks.support import arguments
+from benchmarks.support.runner import Row, compare, in_turn
 from benchmarks.support.simulated_cluster import Behaviour, SimulatedCluster
-from benchmarks.support.tables import show
+from benchmarks.support.tables import report, show
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.batch.cluster.interface import Answer, Cluster, Event, Joined, Report
 from dsmoe_local.batch.cluster.placement import RayOptions
@@ -52,6 +51,12 @@ BEHAVIOURS = {
     "a tenth are slow": Behaviour(0),
     "die and hang": Behaviour(0, seconds_to_death=600.0, seconds_to_hang=3600.0),
 }
+
+
+ALONE = {1: "without Ray, 1 thread", 2: "without Ray, 2 threads"}
+N_PARALLEL = 8
+CLUSTERS = {"1 worker of 1 thread": (1, 1), "1 worker of 2 threads": (1, 2), "2 workers of 1 thread": (2, 1)}
+"""Numbers of workers and of threads in each."""
 
 
 def write_input(path: Path, n_lines: int, n_tokens: int) -> None:
@@ -156,79 +161,63 @@ class Ready:
         return events
 
 
-def ray_cluster(model: Path, n_workers: int, n_threads: int, options: BatchOptions, n_lines: int) -> Cluster:
-    """Start a cluster on this machine."""
-    worker = WorkerOptions(
-        batch=options,
-        model=ModelOptions(model, n_threads=n_threads),
-        identity=file_identity(model),
-        workload=Workload(n_lines, 256, 128 * n_lines),
-        n_parallel=8,
-    )
-    return RayCluster(RayOptions(LOCAL, n_workers, n_threads), worker, ignore, threading.Event())
-
-
 def without_ray(model: Path, n_threads: int, folder: Path, n_lines: int, number: int) -> float:
-    """Return the seconds of a batch with an engine of this process. `number` is that of the round."""
-    options = ModelOptions(model, n_threads=n_threads)
-    options = choose_parallel(options, Workload(n_lines, 256, 128 * n_lines), 8)
+    """Return the requests per second of the batch in a folder. `number` is that of the round."""
+    workload = Workload(n_lines, 256, 128 * n_lines)
+    options = choose_parallel(ModelOptions(model, n_threads=n_threads), workload, N_PARALLEL)
     with EngineClient.load(options) as engine, prepared(options_of(folder)) as job:
-        return run(engine, job).seconds
+        return n_lines / run(engine, job).seconds
 
 
 def with_ray(model: Path, n_workers: int, n_threads: int, folder: Path, n_lines: int, number: int) -> float:
-    """Return the seconds of a batch on Ray, from when all workers have loaded the model."""
-    options = options_of(folder)
+    """Return the same on a Ray cluster of this machine, from when all workers have loaded the model."""
+    worker = WorkerOptions(
+        batch=options_of(folder),
+        model=ModelOptions(model, n_threads=n_threads),
+        identity=file_identity(model),
+        workload=Workload(n_lines, 256, 128 * n_lines),
+        n_parallel=N_PARALLEL,
+    )
+    options = RayOptions(LOCAL, n_workers, n_threads)
     with (
-        closing(ray_cluster(model, n_workers, n_threads, options, n_lines)) as cluster,
-        prepared(options) as job,
+        closing(RayCluster(options, worker, ignore, threading.Event())) as cluster,
+        prepared(worker.batch) as job,
     ):
-        return run_on_cluster(Ready(cluster, n_workers), job).seconds
+        return n_lines / run_on_cluster(Ready(cluster, n_workers), job).seconds
 
 
-def compare(model: Path, n_requests: int, n_tokens: int, rounds: int) -> dict[str, float]:
-    """Measure batches with and without Ray and print a table. Return the median seconds."""
+def batches(model: Path, n_requests: int, n_tokens: int, rounds: int) -> list[Row]:
+    """Compare batches with and without Ray."""
     with tempfile.TemporaryDirectory(prefix="dsmoe-bench-") as name:
         folder = Path(name)
         write_input(folder / "in.jsonl", n_requests, n_tokens)
         contenders: dict[str, Callable[[int], float]] = {
-            "without Ray, 1 thread": partial(without_ray, model, 1, folder, n_requests),
-            "1 worker of 1 thread": partial(with_ray, model, 1, 1, folder, n_requests),
-            "without Ray, 2 threads": partial(without_ray, model, 2, folder, n_requests),
-            "1 worker of 2 threads": partial(with_ray, model, 1, 2, folder, n_requests),
-            "2 workers of 1 thread": partial(with_ray, model, 2, 1, folder, n_requests),
+            ALONE[n_threads]: partial(without_ray, model, n_threads, folder, n_requests)
+            for n_threads in ALONE
         }
-        seconds = in_turn(contenders, rounds)
-    medians = {title: statistics.median(each) for title, each in seconds.items()}
-    cells = []
-    for title, each in medians.items():
-        threads = "2 threads" if "2" in title else "1 thread"
-        cells.append(
-            (title, f"{n_requests / each:.2f}", f"{medians[f'without Ray, {threads}'] / each:.2f} x")
-        )
-    show(f"{model.name}, {n_requests} requests", ("", "requests/s", "without Ray"), "lrr", cells)
-    return medians
+        contenders |= {
+            name: partial(with_ray, model, n_workers, n_threads, folder, n_requests)
+            for name, (n_workers, n_threads) in CLUSTERS.items()
+        }
+        found = in_turn(contenders, rounds)
+    return [
+        compare(name, found, name, ALONE[n_workers * n_threads], unit="requests/s")
+        for name, (n_workers, n_threads) in CLUSTERS.items()
+    ]
 
 
 def main() -> None:
-    """Measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Measure and print."""
+    given = arguments.parse(
+        __doc__, "model?", workers=1000, records=200_000, requests=48, tokens=64, rounds=3, calls=0
     )
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--workers", type=int, default=1000)
-    parser.add_argument("--records", type=int, default=200_000)
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calls", type=int)
-    given = parser.parse_args()
     if given.calls:
         print(json.dumps(show_calls(given.calls)))
     elif given.model is None:
         print(json.dumps({"records_per_second": show_simulations(given.workers, given.records)}))
     else:
-        print(json.dumps({"seconds": compare(given.model, given.requests, given.tokens, given.rounds)}))
+        rows = batches(given.model, given.requests, given.tokens, given.rounds)
+        report(given.model.name, rows, {"model": given.model.name})
 
 
 if __name__ == "__main__":

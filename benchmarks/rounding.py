@@ -15,18 +15,16 @@ bootstrap intervals over windows. Prints a table, the bars that were missed, and
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from benchmarks.quality import reference_subject
+from benchmarks.support import arguments
 from benchmarks.support.quality.bars import at_most, ratio_of
 from benchmarks.support.quality.calibrated import calibration_of, calibration_windows
 from benchmarks.support.quality.fidelity import Amount, Bench, Subject, prepared
@@ -137,41 +135,29 @@ def _cells(row: FidelityRow, ratio: str, interval: str) -> tuple[str, ...]:
     return (kl, ratio, interval, f"{row.perplexity:.4f}", f"{row.same_top:.2%}", f"{row.same_experts:.2%}")
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--reference", type=Path, default=reference_folder(), metavar="DIR", help="[cache]")
-    parser.add_argument("--types", default=",".join(TYPES), metavar="T,T", help=f"[{','.join(TYPES)}]")
-    parser.add_argument("--roundings", default=",".join(ROUNDINGS), metavar="R,R", help="[gptq,learned]")
-    parser.add_argument(
-        "--text", metavar="FILE", help="measure on this text [held-out part of the training's]"
-    )
-    parser.add_argument("--calibrate", metavar="FILE", help="calibrate on this text [part of the training's]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="choices of windows [1]")
-    parser.add_argument("--windows", type=int, default=60, metavar="N", help="that are measured [60]")
-    parser.add_argument("--calibration-windows", type=int, default=110, metavar="N", help="[110]")
-    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
-    parser.add_argument("--quick", action="store_true", help="two windows of each text")
-    return parser.parse_args()
-
-
-def main() -> int:
+def main() -> None:
     """Measure and print."""
-    given = arguments()
+    given = arguments.parse(
+        __doc__,
+        reference=reference_folder(),
+        types=TYPES,
+        roundings=ROUNDINGS,
+        text=str,
+        seeds=1,
+        windows=60,
+        calibration_windows=110,
+        threads=physical_cores(),
+        quick=False,
+    )
     subject = reference_subject(given.reference)
     if given.text:
         subject = replace(subject, text=read_text(given.text))
-    if given.calibrate:
-        subject = replace(subject, calibration=read_text(given.calibrate))
     few = _QUICK_WINDOWS if given.quick else None
     amount = Amount(few or given.windows, few or given.calibration_windows, given.threads)
-    roundings = [Rounding(word) for word in given.roundings.split(",")]
     with prepared(subject, amount) as bench:
-        found = list(measure(bench, subject, given.types.split(","), roundings, given.seeds))
+        found = list(measure(bench, subject, given.types, given.roundings, given.seeds))
         report(found, {**now_and_commit(), "settings": bench.settings(), "facts": bench.facts()})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

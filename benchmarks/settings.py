@@ -3,66 +3,45 @@
     python -m benchmarks.settings                                  the 16B shape with 4 layers
     python -m benchmarks.settings --shape qwen3-30b-a3b --layers 3
     python -m benchmarks.settings --model FILE                     a model of your own
-    python -m benchmarks.settings --busy 1                         beside one process that uses a whole core
+    python -m benchmarks.settings --only GOMP --busy 1             beside one process that uses a whole core
+    python -m benchmarks.settings --types Q4_K_M,q4,q4-fast --only kernels --base "kernels repack"
     python -m benchmarks.settings --quick                          does it run? the figures mean nothing
 
-In each round, the model is loaded with every contender's settings, and with the defaults once more, as a
-control. Each figure is the faster of two repetitions. Ratios are to the defaults in the same round.
-
-Prints a table, then one JSON line.
+Models have random weights and are kept in the cache. In each round, the model is loaded with the settings of
+each contender, those that contain the word of --only, and of the base once more, as a control. With several
+types, each contender loads each type, and the base is the first type. Speeds are the faster of two
+repetitions. Files are read from the page cache. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.support.random_models import model_file, shape_of
-from benchmarks.support.runner import CONTROL, in_turn, is_difference, off_by
-from benchmarks.support.tables import markdown
+from benchmarks.support import arguments
+from benchmarks.support.random_models import measure_speed, model_file, shape_of
+from benchmarks.support.runner import compare_all, in_turn
+from benchmarks.support.tables import report
 from dsmoe_local.engine.load.machine import physical_cores
-from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.evaluate.speed.timing import Workload, options_for, time_workloads
+from dsmoe_local.evaluate.speed.timing import Workload
 
 DEFAULTS = "defaults"
 SPINS = "GOMP_SPINCOUNT"
 """How often a thread of OpenMP checks a barrier before it sleeps."""
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, metavar="FILE", help="instead of random weights")
-    parser.add_argument("--shape", default="deepseekmoe-16b", metavar="PRESET", help="[deepseekmoe-16b]")
-    parser.add_argument("--layers", type=int, default=4, metavar="N", help="[4]")
-    parser.add_argument("--type", default="q4", metavar="TYPE", help="[q4]")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
-    parser.add_argument("--prompts", default="32,512,4096", metavar="N,N", help="tokens [32,512,4096]")
-    parser.add_argument("--depths", default="0,4096", metavar="N,N", help="of replies [0,4096]")
-    parser.add_argument("-n", "--n-gen", type=int, default=32, metavar="N", help="tokens of a reply [32]")
-    parser.add_argument("--only", default="", metavar="WORD", help="only contenders that contain WORD")
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that use a core [0]")
-    parser.add_argument("--quick", action="store_true", help="a small shape; the figures mean nothing")
-    return parser.parse_args()
-
-
 def contenders() -> dict[str, dict[str, Any]]:
     """Return what each contender changes: fields of ModelOptions, or the variable SPINS."""
     cores = physical_cores()
     changes: dict[str, dict[str, Any]] = {
-        "llama.cpp's": {"kernels": "repack", "flash_attention": "on", SPINS: 300_000}
+        DEFAULTS: {},
+        "llama.cpp's": {"kernels": "repack", "flash_attention": "on", SPINS: 300_000},
     }
     changes |= {f"ubatch {size}": {"n_ubatch": size} for size in (256, 1024, 2048)}
     changes |= {f"flash attention {mode}": {"flash_attention": mode} for mode in ("on", "off")}
@@ -75,16 +54,16 @@ def contenders() -> dict[str, dict[str, Any]]:
 def measure(
     options: ModelOptions, changes: Mapping[str, Any], workloads: tuple[Workload, ...], _: int
 ) -> dict[str, float]:
-    """Return the tokens per second of each workload, by its label. `_` is the round."""
-    fields = {name: value for name, value in changes.items() if name != SPINS}
-    if SPINS in changes:
-        os.environ[SPINS] = str(changes[SPINS])
+    """Measure a model with changed settings. `_` is the round."""
+    fields = dict(changes)
+    spins = fields.pop(SPINS, None)
+    if spins is not None:
+        os.environ[SPINS] = str(spins)
     try:
-        with EngineClient.load(options_for(replace(options, **fields), workloads)) as engine:
-            found = time_workloads(engine, workloads, 2)
+        return measure_speed(replace(options, **fields), workloads)
     finally:
-        os.environ.pop(SPINS, None)
-    return {each.workload.label: each.workload.n_tokens / min(each.seconds) for each in found}
+        if spins is not None:
+            del os.environ[SPINS]
 
 
 def _spin() -> None:
@@ -107,47 +86,41 @@ def busy(count: int) -> Iterator[None]:
 
 def main() -> None:
     """Measure and print."""
-    given = arguments()
+    given = arguments.parse(
+        __doc__,
+        model=str,
+        shape="deepseekmoe-16b",
+        layers=4,
+        types=("q4",),
+        rounds=3,
+        prompts=(32, 512, 4096),
+        depths=(0, 4096),
+        n_gen=32,
+        only="",
+        base=DEFAULTS,
+        busy=0,
+        quick=False,
+    )
     shape = shape_of(given.shape, quick=given.quick)
-    path = given.model or model_file(shape, given.layers, given.type)
+    files = {word: given.model or model_file(shape, given.layers, word) for word in given.types}
     workloads = (
-        *(Workload(int(count), 0) for count in given.prompts.split(",") if count),
-        *(Workload(0, given.n_gen, int(depth)) for depth in given.depths.split(",") if depth),
+        *(Workload(count, 0) for count in given.prompts),
+        *(Workload(0, given.n_gen, depth) for depth in given.depths),
     )
-    wanted = {DEFAULTS: {}, **{name: each for name, each in contenders().items() if given.only in name}}
-    options = ModelOptions(path)
+    wanted = {
+        f"{word} {name}": partial(measure, ModelOptions(path), changes, workloads)
+        for word, path in files.items()
+        for name, changes in contenders().items()
+        if given.only in name or name == given.base
+    }
+    base = f"{given.types[0]} {given.base}"
     with busy(given.busy):
-        speeds = in_turn(
-            {name: partial(measure, options, changes, workloads) for name, changes in wanted.items()},
-            given.rounds,
-            DEFAULTS,
-            n_warm_up=0,
-            told=lambda each: ", ".join(f"{label} {rate:.1f}" for label, rate in each.items()),
-        )
-    control = speeds.pop(DEFAULTS + CONTROL)
-    labels = [workload.label for workload in workloads]
-    rows, record = [], {}
-    for name, rounds in speeds.items():
-        cells = [name]
-        for label in labels:
-            bases = [each[label] for each in speeds[DEFAULTS]]
-            off = off_by(each[label] / base for each, base in zip(control, bases, strict=True))
-            rate = statistics.median(each[label] for each in rounds)
-            ratio = statistics.median(each[label] / base for each, base in zip(rounds, bases, strict=True))
-            told = f"{ratio:.2f} x" if is_difference(ratio, off) else f"({ratio:.2f} x)"
-            cells.append(f"{rate:.1f} t/s, control {off:.2f}" if name == DEFAULTS else told)
-            record[f"{name}, {label}"] = {
-                "rate": round(rate, 2),
-                "ratio": round(ratio, 4),
-                "control": round(off, 4),
-            }
-        rows.append(cells)
-    title = path.name if given.model else f"{shape.name}, {given.layers} layers, {given.type}"
-    print(
-        f"{title}, {physical_cores()} cores, {given.busy} busy processes; in brackets: within the control\n"
+        rounds = in_turn(wanted, given.rounds, base, n_warm_up=0)
+    title = given.model or f"{shape.name}, {given.layers} layers"
+    record = {"model": title, "cores": physical_cores(), "busy": given.busy, "rounds": given.rounds}
+    report(
+        f"{title}, {physical_cores()} cores, {given.busy} busy processes", compare_all(rounds, base), record
     )
-    print(markdown(("settings", *labels), "l" + "r" * len(labels), rows) + "\n")
-    print(json.dumps({"model": title, "busy": given.busy, "rounds": given.rounds, "result": record}))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ machines of their own. The weights have the same form everywhere. Table, then JS
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from benchmarks.support.runner import in_turn
-from benchmarks.support.tables import show
+from benchmarks.support import arguments
+from benchmarks.support.runner import compare, in_turn
+from benchmarks.support.tables import report
 from dsmoe_local.engine.load.network import parse_network
 from dsmoe_local.engine.load.placement import DeviceMemory, PlacementOptions, place, weight_sizes
 from dsmoe_local.engine.load.split_plan import Machine, planned
@@ -37,6 +35,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 CONTEXT = 1024
 PROMPT = tuple(range(10, 26))
 NO_END = tuple((token_id, -100.0) for token_id in range(3))  # the demo's tokens that end a reply
+LOCAL = "this process"
 _SIZE = 1 << 20
 """The memory of each worker. It is too small for any model, so that the layers are divided evenly."""
 _FIRST_PORT = 20_000  # below those that the system gives to connections
@@ -65,78 +64,53 @@ def worker(port: int) -> Iterator[str]:
         process.wait()
 
 
-def seconds_of_a_token(engine: EngineClient, n_tokens: int, number: int) -> float:
+def milliseconds_of_a_token(engine: EngineClient, n_tokens: int, number: int) -> float:
     """Return the mean time of a decoded token. `number` is that of the round."""
     request = Request("r", PROMPT, SamplingParameters(temperature=0), n_tokens, logit_bias=NO_END)
     *_, last = engine.submit(request)
     assert last.usage is not None
-    return last.usage.completion_seconds / (last.usage.completion_tokens - 1)
+    return 1000 * last.usage.completion_seconds / (last.usage.completion_tokens - 1)
 
 
-def predicted_seconds(
+def predicted(
     file: GgufFile, hp: Hyperparameters, n_workers: int, n_layers: int, n_cells: int, local: float
-) -> tuple[float, float]:
-    """Return the least and most time of a token after `n_cells` tokens, by that of one process."""
+) -> str:
+    """Return the predicted milliseconds of a token after `n_cells` tokens. `local` is that of one process."""
     tensors = loaded_tensors(file, hp)
     cache = kv_bytes_per_token(hp) * n_cells
-    speed = (bytes_per_token(hp, tensors) + cache) / local
+    speed = 1000 * (bytes_per_token(hp, tensors) + cache) / local
     devices = [DeviceMemory(str(n), _SIZE, worker=str(n)) for n in range(1, n_workers + 1)]
     sizes = weight_sizes(tensors, hp)
-    options = PlacementOptions(n_layers)
-    placement = place(sizes, devices, options, cache=cache // hp.n_layers, compute={})
+    placement = place(sizes, devices, PlacementOptions(n_layers), cache=cache // hp.n_layers, compute={})
     machines = [Machine(_SIZE, (speed, speed))] * (1 + n_workers)
     plan = planned(file, hp, placement, machines, parse_network("loopback"), n_cells)
     slow, fast = plan.tokens_per_second(1.0)
-    return 1 / fast, 1 / slow
+    return f"predicted: {1000 / fast:.1f} to {1000 / slow:.1f} ms"
 
 
 def main() -> None:
     """Measure, predict, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    file, hp = read_model(arguments.model)
-    splits = {"this process": (0, 0), "half on 1 worker": (1, hp.n_layers // 2), "all on 1": (1, -1)}
-    splits |= {"all on 2": (2, -1), "all on 3": (3, -1)}
+    given = arguments.parse(__doc__, "model", tokens=96, rounds=5)
+    file, hp = read_model(given.model)
+    splits = {"half on 1 worker": (1, hp.n_layers // 2)}
+    splits |= {f"all on {count}": (count, -1) for count in (1, 2, 3)}
     ports = iter(range(_FIRST_PORT + os.getpid() % 10_000, 32_000))
     with ExitStack() as stack:
         contenders: dict[str, Callable[[int], float]] = {}
-        for name, (n_workers, n_layers) in splits.items():
+        for name, (n_workers, n_layers) in {LOCAL: (0, 0), **splits}.items():
             addresses = tuple(stack.enter_context(worker(next(ports))) for _ in range(n_workers))
             options = ModelOptions(
-                arguments.model,
-                CONTEXT,
-                n_threads=1,
-                kernels="plain",
-                n_gpu_layers=n_layers,
-                workers=addresses,
+                given.model, CONTEXT, n_threads=1, kernels="plain", n_gpu_layers=n_layers, workers=addresses
             )
             engine = stack.enter_context(EngineClient.load(options))
-            contenders[name] = partial(seconds_of_a_token, engine, arguments.tokens)
-        seconds = in_turn(contenders, arguments.rounds)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    local = medians["this process"]
-    n_cells = len(PROMPT) + arguments.tokens // 2
-    ranges = {
-        name: predicted_seconds(file, hp, *split, n_cells, local)
-        for name, split in splits.items()
-        if split[0]
-    }
-    cells = []
-    for name, found in medians.items():
-        least, most = ranges.get(name, (found, found))
-        error = f"{found / ((least + most) / 2):.2f} x" if name in ranges else ""
-        predicted = f"{1e3 * least:.1f} to {1e3 * most:.1f}" if name in ranges else ""
-        cells.append(
-            (name, f"{1 / found:.1f}", f"{1e3 * found:.1f}", predicted, error, f"{found / local:.2f} x")
-        )
-    headings = ("layers", "tokens/s", "ms per token", "predicted", "error", "to this process")
-    show(arguments.model.name, headings, "lrrrrr", cells)
-    print(json.dumps({"model": arguments.model.name, "seconds": medians, "predicted": ranges}))
+            contenders[name] = partial(milliseconds_of_a_token, engine, given.tokens)
+        found = in_turn(contenders, given.rounds, LOCAL)
+    rows = []
+    for name, split in splits.items():
+        row = compare(f"token, {name}", found, name, LOCAL, unit="ms")
+        note = predicted(file, hp, *split, len(PROMPT) + given.tokens // 2, row.theirs)
+        rows.append(replace(row, note=note))
+    report(given.model.name, rows, {"model": given.model.name})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The measure of all things: loops over llama_decode and nothing else, through the bindings' C functions.
+"""Loops over llama_decode and nothing else, through the bindings' C functions: the speed of llama.cpp itself.
 
-What llama.cpp itself can do on this machine, with the ids it is given. It shares no code with the engine.
+They share no code with the engine.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _N_BATCH = 2048
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """llama.cpp's log has no place in a table."""
+    """Drop a line of the log."""
 
 
 def silence() -> None:
-    """Drop llama.cpp's log in this process."""
+    """Switch llama.cpp's log off in this process."""
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the benchmark needs of a tokenizer: the corpus as ids, and the ids that would end a reply."""
+    """The corpus as token ids, and the ids that would end a reply."""
 
     corpus: tuple[int, ...]
     ends: tuple[int, ...]
 
 
 def read_vocabulary(path: Path, texts: Sequence[str]) -> Vocabulary:
-    """Tokenize `texts` with the model's own vocabulary; its weights are not loaded."""
+    """Tokenize texts with the vocabulary of a model. The weights are not loaded."""
     silence()
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(bytes(path), parameters)
     if not model:
-        raise SystemExit(f"llama.cpp cannot load {path}")
+        raise SystemExit(f"llama.cpp cannot load {path} (`dsmoe demo` makes the demo model)")
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     ids: list[int] = []
     for text in texts:
@@ -58,7 +58,7 @@ def read_vocabulary(path: Path, texts: Sequence[str]) -> Vocabulary:
 
 
 class Bare:
-    """A model, a context, and a batch over numpy memory. Greedy; it never stops at an end of text."""
+    """A model, a context, and a batch in numpy arrays. Greedy; it does not stop at an end of text."""
 
     def __init__(
         self,
@@ -107,12 +107,8 @@ class Bare:
             logits=self._wanted.ctypes.data_as(pointer(ctypes.c_int8)),
         )
 
-    def clear(self) -> None:
-        """Forget all sequences."""
-        llama_cpp.llama_memory_clear(self._memory, False)
-
     def read(self, ids: Sequence[int], *, position: int = 0, sequence: int = 0) -> int:
-        """Prefill one sequence in whole batches; the likeliest next token."""
+        """Prefill one sequence in whole batches. Return the likeliest next token."""
         for start in range(0, len(ids), _N_BATCH):
             part = ids[start : start + _N_BATCH]
             self._tokens[: len(part)] = part
@@ -134,8 +130,8 @@ class Bare:
         return np.ctypeslib.as_array(logits, (count, self._n_vocab)).argmax(1)
 
     def read_seconds(self, ids: Sequence[int], cached: Sequence[int] = ()) -> float:
-        """How long `ids` take behind `cached`, up to the next token's choice."""
-        self.clear()
+        """Return the seconds of a prefill of `ids` after `cached`, up to the choice of the next token."""
+        llama_cpp.llama_memory_clear(self._memory, False)
         if cached:
             self.read(cached)
         started = time.perf_counter()
@@ -143,8 +139,8 @@ class Bare:
         return time.perf_counter() - started
 
     def decode_rate(self, prompts: Sequence[Sequence[int]], n_new: int) -> float:
-        """Tokens a second of `n_new` steps, one sequence for each prompt, counted from the first token on."""
-        self.clear()
+        """Decode `n_new` tokens of each prompt together. Return the tokens per second after the first."""
+        llama_cpp.llama_memory_clear(self._memory, False)
         width = len(prompts)
         chosen = np.array([self.read(ids, sequence=at) for at, ids in enumerate(prompts)], np.int32)
         self._sequences[:width] = self._addresses[:width]
@@ -158,20 +154,16 @@ class Bare:
             self._positions[:width] += 1
         return width * (n_new - 1) / (time.perf_counter() - started)
 
-    def close(self) -> None:
-        """Free everything."""
-        llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
 
 
 class HighLevel:
-    """The bindings' own `Llama` class, streaming, as its users call it."""
+    """The `Llama` class of the bindings, streaming, as its users call it."""
 
     def __init__(self, path: Path, *, n_context: int, n_threads: int) -> None:
         # Its default would be half the processors.
@@ -181,7 +173,7 @@ class HighLevel:
         silence()
 
     def decode_rate(self, prompt: Sequence[int], n_new: int) -> float:
-        """Tokens a second from the first token on. The pieces cannot tell: half a character yields none."""
+        """Return the tokens per second after the first one. Half a character yields no piece: steps count."""
         self._llama.reset()
         evaluate, steps = self._llama.eval, list[float]()
 
@@ -201,12 +193,8 @@ class HighLevel:
             raise SystemExit("llama_cpp.Llama ended its reply at once")
         return (len(steps) - 1) / (steps[-1] - steps[0])
 
-    def close(self) -> None:
-        """Free everything."""
-        self._llama.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._llama.close()

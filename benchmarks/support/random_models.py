@@ -22,8 +22,7 @@ from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.evaluate.speed.results import ModelSpeed, measure_model
-from dsmoe_local.evaluate.speed.timing import Workload, options_for
+from dsmoe_local.evaluate.speed.timing import Workload, options_for, time_workloads
 from dsmoe_local.model.ggml import GgmlType, row_bytes, tensor_bytes
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
@@ -168,10 +167,27 @@ def metadata_of_random(hp: Hyperparameters) -> dict[str, Field]:
     }
 
 
-def measure_speed(path: Path, workloads: Sequence[Workload], repetitions: int, threads: int) -> ModelSpeed:
-    """Load one model, time it, give it back."""
-    options = options_for(ModelOptions(path, n_threads=threads), workloads)
+def measure_speed(options: ModelOptions, workloads: Sequence[Workload]) -> dict[str, float]:
+    """Load a model and time each workload: the faster of two repetitions.
+
+    Returns numbers by what they are and their unit: speeds, the time of loading, and on Linux the memory of
+    the engine's process after the workloads.
+    """
     began = time.perf_counter()
-    with EngineClient.load(options) as engine:
+    with EngineClient.load(options_for(options, workloads)) as engine:
         seconds = time.perf_counter() - began
-        return measure_model(engine, seconds, workloads, repetitions)
+        timed = time_workloads(engine, workloads, 2)
+        speeds = {
+            f"{each.workload.label}, tokens/s": each.workload.n_tokens / min(each.seconds) for each in timed
+        }
+        return {**speeds, "load, s": seconds, **_memory_of(engine.pid)}
+
+
+def _memory_of(pid: int) -> dict[str, float]:
+    """Return the gigabytes of anonymous and of mapped memory of a process; {} without /proc."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return {}
+    fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+    kinds = {"RssAnon": "anonymous memory, GB", "RssFile": "mapped memory, GB"}
+    return {name: int(fields[key].split()[0]) * 1024 / 1e9 for key, name in kinds.items()}

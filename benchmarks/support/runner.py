@@ -12,46 +12,47 @@ from typing import TypeVar
 T = TypeVar("T")
 
 WARM_UP = 0
-"""Rounds that count are numbered from 1. This one, and any before it, do not count."""
+"""The number of the last warm-up round. Rounds that count are numbered from 1."""
 CONTROL = ", again"
-"""Behind the name of the contender that is measured twice in each round."""
+"""Follows the name of the contender that is measured twice in each round."""
 
 
 def off_by(ratios: Iterable[float]) -> float:
-    """The factor by which a method is off, at least, by ratios of what is the same."""
+    """Return the largest factor by which ratios of equal things differ from 1."""
     return max(max(ratio, 1 / ratio) for ratio in ratios)
 
 
 def is_difference(ratio: float, control: float) -> bool:
-    """Whether a ratio is outside the spread of a method that is off by the factor `control`."""
+    """Return True if a ratio is outside the spread of the control, a factor from `off_by`."""
     return not 1 / control <= ratio <= control
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a ratio is held against."""
+    """The least value of a result, or the largest one."""
 
     value: float
     at_most: bool = False
 
-    def holds(self, ratio: float) -> bool:
-        """Whether `ratio` is good enough."""
-        return ratio <= self.value if self.at_most else ratio >= self.value
+    def holds(self, result: float) -> bool:
+        """Return True if `result` meets the bar."""
+        return result <= self.value if self.at_most else result >= self.value
 
     def __str__(self) -> str:
         return f"{'<=' if self.at_most else '>='} {self.value:g}"
 
 
-HEADS, SIDES = ("measure", "ours", "against", "theirs", "unit", "result", "bar", "", "note"), "lrlrlrlll"
-"""The columns of a table of rows, and their sides."""
+HEADS = ("measure", "ours", "against", "theirs", "unit", "result", "control", "bar", "", "note")
+SIDES = "lrlrlrrlll"
+"""The headings of a table of rows, and the alignment of its columns."""
 _HOLDS = {True: "met", False: "MISSED", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `result` is ours / theirs, or ours - theirs; no `bar`: for information. `spread`
-    is from the least of the rounds to the greatest, further on both sides by `control`, the factor by which
-    the method is off.
+    """A line of the table. `result` is ours / theirs; with `is_difference`, it is ours - theirs.
+
+    `control` is the factor by which the method is off. `spread` is the range of the rounds, widened by it.
     """
 
     measure: str
@@ -68,36 +69,37 @@ class Row:
 
     @property
     def is_uncertain(self) -> bool:
-        """Whether the spread has both what would meet the bar and what would miss it."""
+        """True if one end of the spread meets the bar and the other one misses it."""
         return self.bar is not None and len({self.bar.holds(end) for end in self.spread or ()}) == 2
 
     @property
     def is_none(self) -> bool:
-        """Whether the control shows as much: then it is no difference."""
+        """True if the ratio is within the spread of the control."""
         return self.control > 1 and not is_difference(self.result, self.control)
 
     @property
     def passed(self) -> bool | None:
-        """None without a bar."""
+        """True if the bar is met; None without a bar."""
         return self.bar.holds(self.result) if self.bar is not None else None
 
     def cells(self) -> tuple[str, ...]:
-        """For the table, under `HEADS`."""
+        """Return the cells of the table under `HEADS`."""
         ratio = f"x {self.result:.3f}" + (" (no difference)" if self.is_none else "")
         return (
             self.measure,
-            f"{self.ours:,.1f}",
+            f"{self.ours:,.1f}" if self.ours >= 10 else f"{self.ours:.3f}",
             self.contender,
-            f"{self.theirs:,.1f}",
+            f"{self.theirs:,.1f}" if self.theirs >= 10 else f"{self.theirs:.3f}",
             self.unit,
             f"{self.result:+.1f}" if self.is_difference else ratio,
+            f"{self.control:.2f}" if self.control > 1 else "",
             str(self.bar) if self.bar is not None else "",
             _HOLDS[self.passed] + (", uncertain" if self.is_uncertain else ""),
             self.note,
         )
 
     def as_json(self) -> dict[str, object]:
-        """For the line at the end."""
+        """Return the row for `json.dumps`."""
         return {
             "measure": self.measure,
             "ours": round(self.ours, 4),
@@ -115,7 +117,9 @@ class Row:
 
 
 def figure(value: object) -> str:
-    """A figure as the progress on stderr shows it."""
+    """Return a result for the progress on stderr."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {figure(each)}" for name, each in value.items())
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
@@ -146,7 +150,7 @@ def in_turn(
 
 
 def timed(work: Callable[[], object]) -> Callable[[int], float]:
-    """A contender that takes the wall time of `work`, in seconds."""
+    """Return a contender that takes the wall time of `work`, in seconds."""
 
     def seconds(_: int) -> float:
         began = time.perf_counter()
@@ -166,7 +170,7 @@ def compare(
     unit: str = "tokens/s",
     note: str = "",
 ) -> Row:
-    """A row of medians. The ratio is the median of the rounds' own: both sides saw the same machine then."""
+    """Return a row of medians. Its ratio is the median of the ratios of the rounds."""
 
     def by_round(name: str) -> list[float]:
         return [a / b for a, b in zip(figures[name], figures[theirs], strict=True)]
@@ -187,6 +191,20 @@ def compare(
     )
 
 
+def compare_all(rounds: Mapping[str, Sequence[Mapping[str, float]]], base: str) -> list[Row]:
+    """Compare the contenders of `in_turn` with `base`, the control, in all that they measure.
+
+    A contender returns numbers by what they are and, after a comma, their unit.
+    """
+    rows = []
+    for label in rounds[base][0]:
+        measure, _, unit = label.partition(", ")
+        figures = {name: [each[label] for each in found] for name, found in rounds.items()}
+        others = [name for name in rounds if name not in (base, base + CONTROL)]
+        rows += [compare(f"{measure}, {name}", figures, name, base, unit=unit) for name in others]
+    return rows
+
+
 def say(text: str) -> None:
-    """A line of progress on stderr."""
+    """Print a line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)

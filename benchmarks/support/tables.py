@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from benchmarks.support.runner import HEADS, SIDES, Row
+
+LOAD = os.getloadavg()[0]
+"""The load of the machine before anything is measured."""
 
 
 def markdown(heads: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> str:
@@ -22,9 +26,10 @@ def show(title: str, heads: Sequence[str], sides: str, rows: Iterable[Sequence[s
 
 
 def report(title: str, rows: Sequence[Row], record: Mapping[str, object]) -> None:
-    """Print a table of comparisons, then one JSON line with the record and the rows."""
+    """Print a table of comparisons, then one JSON line with the record, the load and the rows."""
     show(title, HEADS, SIDES, [row.cells() for row in rows])
-    print(json.dumps({**record, "rows": [row.as_json() for row in rows]}))
+    rows_as_json = [row.as_json() for row in rows]
+    print(json.dumps({**record, "load_before": round(LOAD, 2), "rows": rows_as_json}))
 
 
 Column: TypeAlias = tuple[str, str, Callable[[Any], str]]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.models import tiny_model
 
+from benchmarks.support.clients import throughput
 from benchmarks.support.ours import Reply, steady_rate
 from benchmarks.support.runner import Bar, compare, in_turn
-from benchmarks.support.tools import Failure, serving
-from benchmarks.support.workloads import Corpus, Workload, as_batch
+from benchmarks.support.tools import Server, llama_server
+from benchmarks.support.workloads import Corpus, Workload, batch_of, completion
 
 ROOT = Path(__file__).parents[2]
 FAKE_SERVER = """#!{python}
@@ -29,8 +30,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         too_long = len(body["prompt"]) > 8
-        n = body["n_predict"] - (body["prompt"][0] == 13)
-        self.answer(500 if too_long else 200, {{"tokens_predicted": n}})
+        n = body["max_tokens"] - (body["prompt"][0] == 13)
+        self.answer(500 if too_long else 200, {{"usage": {{"completion_tokens": n}}}})
 
     def answer(self, status, value):
         raw = json.dumps(value).encode()
@@ -47,7 +48,8 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def test_auto_is_asked_as_a_batch_asks_it() -> None:
     """Guards: a row that measures a choice which dsmoe-batch would not make."""
     shared = tuple(range(400))
-    found, prompt_ratio = as_batch([(*shared, number) for number in range(10)], 64)
+    with batch_of([completion((*shared, number), 64, ()) for number in range(10)]) as job:
+        found, prompt_ratio = job.workload, job.prompt_ratio
     assert (found.n_sequences, found.n_longest, found.n_messages) == (10, 401 + 64, 0)
     # 256 of the tokens in common are seen to be.
     assert found.n_total == 10 * (401 + 64) - 9 * 256
@@ -119,29 +121,29 @@ def test_the_steady_rate_leaves_out_the_ramps() -> None:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Path:
-    """A folder with a llama-server that only counts."""
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A llama-server that only counts."""
     program = tmp_path / "bin" / "llama-server"
     program.parent.mkdir()
     program.write_text(FAKE_SERVER.format(python=sys.executable))
     program.chmod(0o755)
-    return tmp_path
+    with llama_server(tmp_path, Path("model")) as server:
+        yield server
 
 
-def test_requests_that_the_server_fails_count_no_tokens(build: Path) -> None:
+def test_requests_that_the_server_fails_count_no_tokens(server: Server) -> None:
     """Guards: a server that looks fast because it refuses the work."""
-    with serving(build, Path("model"), []) as server:
-        assert server.throughput([[1] * 4, [1] * 9, [2] * 4], 5, 2) > 0
-        assert server.n_failed == 1
-        assert server.throughput([[1] * 9], 5, 1) == 0
-        process = server._process
-    assert process.returncode is not None
+    bodies = [completion(prompt, 5, ()) for prompt in ((1,) * 4, (1,) * 9, (2,) * 4)]
+    rate, n_failed = throughput(server.port, bodies, 5, 2)
+    assert rate > 0
+    assert n_failed == 1
+    assert throughput(server.port, bodies[1:2], 5, 1) == (0, 1)
 
 
-def test_a_server_that_answers_less_is_not_measured(build: Path) -> None:
+def test_a_server_that_answers_less_is_not_measured(server: Server) -> None:
     """Guards: comparing speeds of replies of different lengths."""
-    with serving(build, Path("model"), []) as server, pytest.raises(Failure, match="generated 4 tokens"):
-        server.throughput([[13]], 5, 1)
+    with pytest.raises(SystemExit, match="a reply has 4 tokens"):
+        throughput(server.port, [completion((13,), 5, ())], 5, 1)
 
 
 def test_rows_without_llama_cpp_run() -> None:
