@@ -1,4 +1,4 @@
-"""Conversion and quantization against llama.cpp's tools: seconds, GB/s of input, peak memory, in one run.
+"""Conversion and quantization against llama.cpp's tools: seconds and peak memory, in one run.
 
     python benchmarks/convert.py CHECKPOINT            one of benchmarks/make_checkpoint.py, or a real one
     python benchmarks/convert.py --layers 2            makes a small one first; takes a minute or two
@@ -6,27 +6,27 @@
                                                        Python that has torch, gguf and transformers < 5; it
                                                        takes real tokenizers only: make_checkpoint --tokenizer
 
-Every run is a process of its own; its inputs are dropped from the page cache before it and everything is
+Every run is a process of its own. Its inputs are dropped from the page cache before it and everything is
 synced, and the time ends when the process does. llama.cpp's quantizer reads our Q8_0 file: 33 GB of bf16 and
-all outputs would overfill the disk. Outputs are deleted as soon as they are not needed.
-A table, then one JSON line.
+all outputs would overfill the disk. Outputs are deleted as soon as they are not needed. A table of seconds,
+then one JSON line.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.make_checkpoint import make_checkpoint
-from benchmarks.support.tables import show
+from benchmarks.support import arguments
+from benchmarks.support.runner import Row, say
+from benchmarks.support.tables import report
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.machine import cpu_name
 
@@ -46,182 +46,99 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One measurement. `peak_bytes` is the ru_maxrss of the largest process; all of these use only one."""
+    """A measured process. `peak_bytes` is its largest resident memory."""
 
     tool: str
-    task: str
     seconds: float
     cpu_seconds: float
     input_bytes: int
     output_bytes: int
     peak_bytes: int
 
-    @property
-    def rate(self) -> float:
-        """Bytes of input per second."""
-        return self.input_bytes / self.seconds
+    def __str__(self) -> str:
+        rate, output, peak = map(
+            format_size, (self.input_bytes / self.seconds, self.output_bytes, self.peak_bytes)
+        )
+        return f"{self.tool}: {self.cpu_seconds:.1f} s of CPU, {rate}/s read, {output} written, peak {peak}"
 
 
 def drop_from_cache(paths: Sequence[Path]) -> None:
-    """Make the next reader of these files go to the disk. The pages are clean after a sync: anyone may."""
+    """Make the next reader of these files read the disk. Pages must be clean, so they are synced."""
     os.sync()
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        for path in paths:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(tool: str, task: str, command: Sequence[str], inputs: Sequence[Path], out: Path) -> Run:
-    """Run a command to its end. SystemExit with its last words if it fails."""
+def measure(tool: str, command: Sequence[object], inputs: Sequence[Path], out: Path) -> Run:
+    """Run a command that writes `out`. SystemExit with its last lines if it fails."""
+    out.unlink(missing_ok=True)
     drop_from_cache(inputs)
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - started
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode != 0:
             log.seek(0)
             last = log.read().decode(errors="replace").strip().splitlines()[-4:]
-            raise SystemExit("\n".join([f"{tool}: {task} failed with status {child.returncode}", *last]))
+            raise SystemExit("\n".join([f"{tool} failed with status {child.returncode}", *last]))
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     n_input = sum(path.stat().st_size for path in inputs)
-    cpu_seconds = usage.ru_utime + usage.ru_stime
-    run = Run(tool, task, round(seconds, 2), round(cpu_seconds, 2), n_input, out.stat().st_size, peak)
-    print(f"{tool}: {task}: {seconds:.1f} s, peak memory {format_size(peak)}", file=sys.stderr, flush=True)
+    run = Run(tool, seconds, usage.ru_utime + usage.ru_stime, n_input, out.stat().st_size, peak)
+    say(f"{seconds:.1f} s: {run}")
     return run
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What is measured, and with what."""
-
-    checkpoint: Path
-    work: Path
-    threads: int
-    llama_cpp: Path | None
-    llama_cpp_python: Path
-
-    @property
-    def shards(self) -> list[Path]:
-        """The weights of the checkpoint."""
-        return sorted(self.checkpoint.glob("*.safetensors"))
-
-    def ours(self, word: str, out: Path) -> Run:
-        """Checkpoint to `word` in one pass."""
-        command = [sys.executable, "-c", CONVERT, str(self.checkpoint), "-o", str(out), "--type", word]
-        command += ["--threads", str(self.threads), "--force"]
-        return measure("dsmoe-convert", f"checkpoint -> {word}", command, self.shards, out)
-
-    def theirs(self, out: Path) -> Run:
-        """Checkpoint to Q8_0 by llama.cpp's converter."""
-        assert self.llama_cpp is not None
-        script = self.llama_cpp / "convert_hf_to_gguf.py"
-        command = [str(self.llama_cpp_python), str(script), str(self.checkpoint), "--outtype", "q8_0"]
-        command += ["--outfile", str(out)]
-        return measure("convert_hf_to_gguf.py", "checkpoint -> Q8_0", command, self.shards, out)
-
-    def quantize(self, source: Path, out: Path) -> Run:
-        """Q8_0 to Q4_K_M by our quantizer."""
-        command = [sys.executable, "-c", QUANTIZE, str(source), str(out), "--type", "Q4_K_M"]
-        command += ["--threads", str(self.threads), "--allow-requantize", "--force"]
-        return measure("dsmoe-quantize", "Q8_0 -> Q4_K_M", command, [source], out)
-
-    def llama_quantize(self, source: Path, out: Path) -> Run:
-        """Q8_0 to Q4_K_M by llama.cpp's quantizer."""
-        command = [sys.executable, "-c", LLAMA_QUANTIZE, str(source), str(out), str(self.threads)]
-        return measure("llama_model_quantize", "Q8_0 -> Q4_K_M", command, [source], out)
-
-
-def measure_all(bench: Bench, also: Sequence[str]) -> list[Run]:
-    """All runs, in an order that keeps few files on the disk at a time; `also` one pass to these types."""
-    runs: list[Run] = []
-    eight, out = bench.work / "eight.gguf", bench.work / "out.gguf"
-    if bench.llama_cpp is not None:
-        runs.append(bench.theirs(out))
+def compare(
+    checkpoint: Path, work: Path, threads: int, llama_cpp: Path | None, python: Path
+) -> Iterator[Row]:
+    """Compare the tools, in an order that keeps few files on the disk at a time."""
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    eight, out = work / "eight.gguf", work / "out.gguf"
+    ours = [sys.executable, "-c", CONVERT, checkpoint, "--threads", threads, "-o"]
+    converter = None
+    if llama_cpp is not None:
+        command = [python, llama_cpp / "convert_hf_to_gguf.py", checkpoint, "--outtype", "q8_0"]
+        converter = measure("convert_hf_to_gguf.py", [*command, "--outfile", out], shards, out)
         out.unlink()
-    runs.append(bench.ours("Q8_0", eight))
-    for quantize in (bench.llama_quantize, bench.quantize):
-        runs.append(quantize(eight, out))
-        out.unlink()
+    run = measure("dsmoe-convert", [*ours, eight, "--type", "Q8_0"], shards, eight)
+    yield _row("checkpoint -> Q8_0", run, converter or run)
+    command = [sys.executable, "-c", LLAMA_QUANTIZE, eight, out, threads]
+    quantizer = measure("llama_model_quantize", command, [eight], out)
+    command = [sys.executable, "-c", QUANTIZE, eight, out, "--type", "Q4_K_M", "--allow-requantize"]
+    run = measure("dsmoe-quantize", [*command, "--threads", threads], [eight], out)
+    yield _row("Q8_0 -> Q4_K_M", run, quantizer)
     eight.unlink()
-    for word in ("Q4_K_M", *also):
-        runs.append(bench.ours(word, out))
-        out.unlink()
-    return runs
+    run = measure("dsmoe-convert", [*ours, out, "--type", "Q4_K_M"], shards, out)
+    yield _row("checkpoint -> Q4_K_M, one pass", run, quantizer)
 
 
-def ratios(runs: Sequence[Run]) -> dict[str, float]:
-    """How the tools compare; above 1, ours is faster, but for one_pass_time."""
-    seconds = {(run.tool, run.task): run.seconds for run in runs}
-    ours = seconds["dsmoe-convert", "checkpoint -> Q8_0"]
-    quantizer = seconds["llama_model_quantize", "Q8_0 -> Q4_K_M"]
-    found = {
-        "quantizer_speedup": quantizer / seconds["dsmoe-quantize", "Q8_0 -> Q4_K_M"],
-        "one_pass_time": seconds["dsmoe-convert", "checkpoint -> Q4_K_M"] / quantizer,
-    }
-    converter = seconds.get(("convert_hf_to_gguf.py", "checkpoint -> Q8_0"))
-    if converter is not None:
-        found["converter_speedup"] = converter / ours
-    return {name: round(value, 3) for name, value in found.items()}
-
-
-def report(runs: Sequence[Run], compared: dict[str, float], condition: str) -> None:
-    """The table, then the JSON line."""
-    rows = [
-        (
-            run.tool,
-            run.task,
-            f"{run.seconds:.1f}",
-            f"{run.cpu_seconds:.1f}",
-            f"{format_size(run.rate)}/s",
-            format_size(run.output_bytes),
-            format_size(run.peak_bytes),
-        )
-        for run in runs
-    ]
-    heads = ("tool", "task", "seconds", "CPU s", "input/s", "output", "peak memory")
-    show(f"Conversion and quantization ({condition})", heads, "llrrrrr", rows)
-    for name, value in compared.items():
-        print(f"{name.replace('_', ' ')}: {value:.2f}")
-    record = {
-        "benchmark": "convert",
-        "machine": {"processor": cpu_name(), "cores": os.cpu_count()},
-        "page_cache": condition,
-        "runs": [asdict(run) for run in runs],
-        **compared,
-    }
-    print(json.dumps(record))
+def _row(task: str, ours: Run, theirs: Run) -> Row:
+    ratio = ours.seconds / theirs.seconds
+    return Row(task, ours.seconds, theirs.tool, theirs.seconds, ratio, "s", note=f"{ours}; {theirs}")
 
 
 def main() -> None:
-    """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--layers", type=int, help="make a checkpoint with this many layers first")
-    parser.add_argument("--tokenizer", type=Path, help="its tokenizer's folder")
-    parser.add_argument("--work", type=Path, help="folder for outputs  [default: the system's own]")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--also", metavar="TYPE", action="append", default=[], help="one more type")
-    parser.add_argument("--llama-cpp", type=Path)
-    parser.add_argument("--llama-cpp-python", type=Path, default=Path(sys.executable))
-    arguments = parser.parse_args()
-    if (arguments.checkpoint is None) == (arguments.layers is None):
-        parser.error("give a checkpoint, or --layers to make one")
-    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-", dir=arguments.work) as name:
-        work, checkpoint = Path(name), arguments.checkpoint
+    """Measure and print."""
+    given = arguments.parse(
+        __doc__,
+        "checkpoint?",
+        layers=2,
+        work=Path,
+        threads=os.cpu_count() or 1,
+        llama_cpp=Path,
+        llama_cpp_python=Path(sys.executable),
+    )
+    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-", dir=given.work) as name:
+        work, checkpoint = Path(name), given.checkpoint
         if checkpoint is None:
             checkpoint = work / "checkpoint"
-            make_checkpoint(checkpoint, layers=arguments.layers, shards=2, tokenizer=arguments.tokenizer)
-        bench = Bench(checkpoint, work, arguments.threads, arguments.llama_cpp, arguments.llama_cpp_python)
-        runs = measure_all(bench, arguments.also)
-    dropped = hasattr(os, "posix_fadvise")
-    report(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
+            make_checkpoint(checkpoint, layers=given.layers)
+        rows = list(compare(checkpoint, work, given.threads, given.llama_cpp, given.llama_cpp_python))
+    report(f"Conversion and quantization, {given.threads} threads", rows, {"processor": cpu_name()})
 
 
 if __name__ == "__main__":

@@ -23,25 +23,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from benchmarks.support import arguments
 from benchmarks.support.quality.bars import targets_hold, verdicts
-from benchmarks.support.quality.calibrated import measure_calibrated
 from benchmarks.support.quality.chart import save_chart
 from benchmarks.support.quality.choices import (
     FRONTIER,
     TARGETS,
     costs_from,
     measure_alike,
+    measure_calibrated,
     measure_frontier,
     measure_sizes,
     measure_targets,
     measure_types,
 )
-from benchmarks.support.quality.fidelity import Amount, Subject, prepared
+from benchmarks.support.quality.fidelity import Amount, Bench, Subject, prepared
 from benchmarks.support.quality.figures import (
     PARTS,
     ROOT,
@@ -58,14 +59,13 @@ from benchmarks.support.quality.figures import (
 )
 from benchmarks.support.quality.speed import Timing, machine_facts, measure_speeds
 from benchmarks.support.quality.tables import all_tables, summary_table
-from benchmarks.support.quality.variants import LARGE, variants
+from benchmarks.support.quality.variants import LARGE
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, LATENT, TRAINING, reference_folder
 from benchmarks.support.runner import say
 from benchmarks.support.tables import with_tables
 from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.calibration import N_ACTIVE
-from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import Text, read_text
@@ -80,38 +80,6 @@ _WINDOWS = {"reference": (60, 100), "calibrated": (60, 100), "latent": (60, 100)
 _QUICK_WINDOWS = 2
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="P,P|none", help=f"[{','.join(PARTS)}]")
-    parser.add_argument(
-        "--reference", type=Path, default=reference_folder(), metavar="DIR", help="the trained model [cache]"
-    )
-    latent = reference_folder(architecture=LATENT.architecture)
-    parser.add_argument("--latent", type=Path, default=latent, metavar="DIR", help="the one with MLA [cache]")
-    parser.add_argument(
-        "--sensitivity", type=Path, metavar="FILE", help="take what errors cost from a sensitivity file"
-    )
-    parser.add_argument("--layers", type=int, default=10, metavar="N", help="of the shape for speeds [10]")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of speeds [3]")
-    parser.add_argument("--turns", type=int, default=2, metavar="N", help="in each round, for prompts [2]")
-    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
-    parser.add_argument("-n", "--n-gen", type=int, default=48, metavar="N", help="tokens [48]")
-    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
-    parser.add_argument("--quick", action="store_true", help="little of everything; docs stay as they are")
-    given = parser.parse_args()
-    given.parts = [] if given.parts == NONE else given.parts.split(",")
-    if min(given.rounds, given.turns) < 1:
-        parser.error("--rounds and --turns are 1 at least")
-    if unknown := set(given.parts) - set(PARTS):
-        parser.error(f"--parts: {min(unknown)} is none of {', '.join(PARTS)}")
-    if given.sensitivity and "reference" not in given.parts:
-        parser.error("--sensitivity: only the part reference uses it")
-    return given
-
-
 def reference_subject(folder: Path, name: str = "reference") -> Subject:
     """Return a trained reference."""
     if not (folder / HELD_OUT).is_file():
@@ -119,15 +87,6 @@ def reference_subject(folder: Path, name: str = "reference") -> Subject:
     held_out, calibration = (read_text(str(folder / name)) for name in (HELD_OUT, CALIBRATION))
     training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
     return Subject(name, folder, held_out, calibration, {"training": training})
-
-
-def demo_subject() -> Subject:
-    """Return the demo, with the two halves of Python's help topics."""
-    folder = build_demo(demo_folder(), BuildOptions(N_ACTIVE)).folder
-    held_out, calibration = (
-        Text(f"help topics, {half}", corpus.text(half)) for half in ("held out", "calibration")
-    )
-    return Subject("demo", folder, held_out, calibration)
 
 
 def _amount(given: argparse.Namespace, name: str) -> Amount:
@@ -144,7 +103,7 @@ def measure_reference(given: argparse.Namespace) -> Reference:
         return Reference(
             **now_and_commit(),
             settings=bench.settings(),
-            rows=measure_types(bench, variants()),
+            rows=measure_types(bench),
             frontier=measure_frontier(bench, bits, costs),
             targets=measure_targets(bench, shares, costs),
             alike=measure_alike(bench),
@@ -155,29 +114,35 @@ def measure_reference(given: argparse.Namespace) -> Reference:
 def measure_rounding(given: argparse.Namespace) -> Part[FidelityRow]:
     """Measure the trained reference with calibrated rounding."""
     subject = reference_subject(given.reference)
-    with prepared(subject, _amount(given, "calibrated")) as bench:
-        rows = measure_calibrated(bench, subject)
-        facts = {**bench.facts(), **subject.facts}
-        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=facts)
+    return _measured(given, "calibrated", subject, lambda bench: measure_calibrated(bench, subject))
 
 
-def measure_latent(given: argparse.Namespace) -> Part[Any]:
+def measure_latent(given: argparse.Namespace) -> Part[FidelityRow]:
     """Measure the trained reference with MLA."""
-    subject = reference_subject(given.latent, "latent")
-    with prepared(subject, _amount(given, "latent")) as bench:
-        rows = measure_types(bench, variants())
-        facts = {**bench.facts(), **subject.facts}
+    return _measured(given, "latent", reference_subject(given.latent, "latent"), measure_types)
+
+
+def measure_demo(given: argparse.Namespace) -> Part[FidelityRow]:
+    """Measure the demo, with the two halves of Python's help topics."""
+    folder = build_demo(demo_folder(), BuildOptions(N_ACTIVE)).folder
+    held_out, calibration = (
+        Text(f"help topics, {half}", corpus.text(half)) for half in ("held out", "calibration")
+    )
+    return _measured(given, "demo", Subject("demo", folder, held_out, calibration), measure_types)
+
+
+def _measured(
+    given: argparse.Namespace,
+    name: str,
+    subject: Subject,
+    measure: Callable[[Bench], list[FidelityRow]],
+) -> Part[FidelityRow]:
+    with prepared(subject, _amount(given, name)) as bench:
+        rows, facts = measure(bench), {**bench.facts(), **subject.facts}
         return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=facts)
 
 
-def measure_demo(given: argparse.Namespace) -> Part[Any]:
-    """Measure the demo."""
-    with prepared(demo_subject(), _amount(given, "demo")) as bench:
-        rows = measure_types(bench, variants())
-        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=bench.facts())
-
-
-def sizes_part(given: argparse.Namespace) -> Part[SizeRow]:
+def sizes_part(_: argparse.Namespace) -> Part[SizeRow]:
     """Count the bytes of the 16B shape."""
     return Part(**now_and_commit(), settings={"shape": LARGE.name}, rows=measure_sizes())
 
@@ -238,15 +203,26 @@ def report(figures: Figures) -> None:
 
 
 def main() -> int:
-    """Measure what is asked for; print and save it."""
-    given = arguments()
+    """Measure the parts that are asked for, print everything, and save it."""
+    given = arguments.parse(
+        __doc__,
+        parts=PARTS,
+        reference=reference_folder(),
+        latent=reference_folder(architecture=LATENT.architecture),
+        sensitivity=Path,
+        layers=10,
+        rounds=3,
+        turns=2,
+        n_prompt=512,
+        n_gen=48,
+        threads=physical_cores(),
+        quick=False,
+    )
+    makers = {name: _MAKERS[name] for name in given.parts if name != NONE}
     figures = read_figures()
-    for name in given.parts:
+    for name, make in makers.items():
         say(f"{name}:")
-        try:
-            figures = msgspec.structs.replace(figures, **{name: _MAKERS[name](given)})
-        except DsmoeError as error:
-            raise SystemExit(f"{name}: {error}") from error
+        figures = msgspec.structs.replace(figures, **{name: make(given)})
         if not given.quick:
             write_figures(figures)
     report(figures)

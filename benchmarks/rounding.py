@@ -9,30 +9,25 @@
 
 Each file is compared with one that has the same types and was made with an importance matrix. Both are made
 with as many tokens of the calibration text. Embedding and output are Q8_0 in all files: they are not
-calibrated, and in a small model they would decide. Ratios are those of the mean KL divergence, with 95%
-bootstrap intervals over windows. Prints a table, the bars that were missed, and one JSON line.
+calibrated, and in a small model they would decide. Ratios are those of the mean KL divergence. Their spread
+is a 95% bootstrap interval over windows. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import msgspec
+from dataclasses import replace
 
 from benchmarks.quality import reference_subject
 from benchmarks.support import arguments
 from benchmarks.support.quality.bars import at_most, ratio_of
-from benchmarks.support.quality.calibrated import calibration_of, calibration_windows
+from benchmarks.support.quality.choices import calibration_of, calibration_windows
 from benchmarks.support.quality.fidelity import Amount, Bench, Subject, prepared
 from benchmarks.support.quality.figures import FidelityRow, now_and_commit
 from benchmarks.support.quality.variants import Variant
 from benchmarks.support.reference_shape import reference_folder
-from benchmarks.support.runner import Bar
-from benchmarks.support.tables import show
+from benchmarks.support.runner import Bar, Row
+from benchmarks.support.tables import report
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import read_text
 from dsmoe_local.model.ggml import GgmlType
@@ -53,51 +48,12 @@ BARS: Mapping[tuple[str, Rounding], Bar] = {
     ("Q3_K_M", Rounding.LEARNED): at_most(0.45),
 }
 """Ratios of the KL divergence to that of the file made with an importance matrix."""
-_QUICK_WINDOWS = 2
 _SAME = Overrides(output=GgmlType.Q8_0, embedding=GgmlType.Q8_0)
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A calibrated file compared with `base`, the file of the same types made with an importance matrix."""
-
-    word: str
-    rounding: Rounding
-    seed: int
-    row: FidelityRow
-    base: FidelityRow
-    seconds: float
-
-    @property
-    def ratio(self) -> tuple[float, tuple[float, float]]:
-        """The ratio of the KL divergences, and its 95% interval."""
-        return ratio_of(self.row.windows, self.base.windows)
-
-    @property
-    def bar(self) -> Bar | None:
-        """The bar of the ratio, if there is one."""
-        return BARS.get((self.word, self.rounding))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for `json.dumps`."""
-        ratio, interval = self.ratio
-        return {
-            "type": self.word,
-            "rounding": self.rounding,
-            "seed": self.seed,
-            "ratio": ratio,
-            "interval": interval,
-            "bar": None if self.bar is None else str(self.bar),
-            "holds": None if self.bar is None else self.bar.holds(ratio),
-            "seconds": round(self.seconds, 1),
-            "row": msgspec.to_builtins(self.row),
-            "base": msgspec.to_builtins(self.base),
-        }
 
 
 def measure(
     bench: Bench, subject: Subject, types: Sequence[str], roundings: Sequence[Rounding], n_seeds: int
-) -> Iterator[Calibrated]:
+) -> Iterator[Row]:
     """Measure each type with each way of rounding."""
     windows = calibration_windows(bench, subject)
     for word in types:
@@ -106,33 +62,24 @@ def measure(
         for rounding in roundings:
             for seed in range(n_seeds):
                 calibration = calibration_of(windows, subject, bench.amount.n_calibration, rounding, seed)
-                started = time.monotonic()
-                row = bench.measure(plan, Variant(f"{word}, {rounding}", False), "", calibration)
-                yield Calibrated(word, rounding, seed, row, base, time.monotonic() - started)
+                found = bench.measure(plan, Variant(f"{word}, {rounding}", False), "", calibration)
+                ratio, spread = ratio_of(found.windows, base.windows)
+                yield Row(
+                    f"{word}, {rounding}, seed {seed}",
+                    1e3 * found.kl,
+                    "imatrix",
+                    1e3 * base.kl,
+                    ratio,
+                    "KL, 1e-3",
+                    BARS.get((word, rounding)),
+                    f"ratio {spread[0]:.3f} to {spread[1]:.3f}; {_told(found)}; imatrix: {_told(base)}",
+                    spread=spread,
+                )
 
 
-def report(found: Sequence[Calibrated], record: Mapping[str, Any]) -> None:
-    """Print the table, the bars that were missed, and a line of JSON."""
-    heads = ("type", "rounding", "KL, 1e-3", "ratio", "95%", "perplexity", "same top", "same experts")
-    lines = []
-    for word in dict.fromkeys(each.word for each in found):
-        of_type = [each for each in found if each.word == word]
-        lines.append((word, "imatrix", *_cells(of_type[0].base, "", "")))
-        for each in of_type:
-            ratio, (low, high) = each.ratio
-            label = f"{each.rounding}, seed {each.seed}"
-            lines.append(("", label, *_cells(each.row, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}")))
-    show("Calibrated rounding against an importance matrix", heads, "llrrrrrr", lines)
-    for each in found:
-        ratio = each.ratio[0]
-        if each.bar is not None and not each.bar.holds(ratio):
-            print(f"MISSED: {each.word}, {each.rounding}, seed {each.seed}: {ratio:.3f}, bar {each.bar}")
-    print(json.dumps({"benchmark": "rounding", **record, "rows": [each.as_json() for each in found]}))
-
-
-def _cells(row: FidelityRow, ratio: str, interval: str) -> tuple[str, ...]:
-    kl = f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}"
-    return (kl, ratio, interval, f"{row.perplexity:.4f}", f"{row.same_top:.2%}", f"{row.same_experts:.2%}")
+def _told(row: FidelityRow) -> str:
+    same = f"same top {row.same_top:.2%}, same experts {row.same_experts:.2%}"
+    return f"perplexity {row.perplexity:.4f}, {same}"
 
 
 def main() -> None:
@@ -152,11 +99,13 @@ def main() -> None:
     subject = reference_subject(given.reference)
     if given.text:
         subject = replace(subject, text=read_text(given.text))
-    few = _QUICK_WINDOWS if given.quick else None
-    amount = Amount(few or given.windows, few or given.calibration_windows, given.threads)
+    amount = Amount(given.windows, given.calibration_windows, given.threads)
+    if given.quick:
+        amount = replace(amount, n_windows=2, n_calibration=2)
     with prepared(subject, amount) as bench:
-        found = list(measure(bench, subject, given.types, given.roundings, given.seeds))
-        report(found, {**now_and_commit(), "settings": bench.settings(), "facts": bench.facts()})
+        rows = list(measure(bench, subject, given.types, given.roundings, given.seeds))
+        record = {**now_and_commit(), "settings": bench.settings(), "facts": bench.facts()}
+    report("Calibrated rounding against an importance matrix", rows, record)
 
 
 if __name__ == "__main__":

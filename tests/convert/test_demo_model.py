@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import llama_oracle
 
-from benchmarks.demo_quality import perplexity, token_losses
+from benchmarks.demo_quality import perplexity, window_losses
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import build, calibration
 from dsmoe_convert.demo.build import BuildOptions, build_demo
@@ -86,8 +86,8 @@ def test_all_experts_active_is_the_dense_model(original: Path, all_active: Path)
 def test_twelve_experts_keep_the_perplexity(source: Source, original: Path, all_active: Path) -> None:
     """A calibration that does not belong to the weights, or a router that cannot route, costs far more."""
     windows = token_windows(source, "held out")[::72]
-    dense, _ = perplexity(token_losses(original, windows))
-    routed, _ = perplexity(token_losses(all_active, windows, calibration.N_ACTIVE))
+    dense, _ = perplexity(window_losses(original, windows))
+    routed, _ = perplexity(window_losses(all_active, windows, calibration.N_ACTIVE))
     assert routed < 19.0
     assert routed < dense * DENSE_TO_12
 

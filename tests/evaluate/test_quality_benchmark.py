@@ -225,7 +225,7 @@ def test_a_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         frontier = measure_frontier(bench, [8.0], Costs())
         targets = measure_targets(bench, [1.0], Costs({"output": 3.0}))
         alike = measure_alike(bench)
-        predictions = list(predicted_error.rows(bench, Costs()))
+        predictions = list(predicted_error.compare(bench, Costs()))
         path = tmp_path / "costs.json"
         start = sensitivity_file.start(read_model(bench.source)[0], None, None)
         sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, imatrix="any"), path)
@@ -243,8 +243,8 @@ def test_a_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert row.kl_upper == pytest.approx(row.kl, rel=1e-6)
     assert all(row.bits_per_weight <= 8 for row in frontier)
     assert all(row.file_size <= row.budget for row in targets)
-    assert [(row.type, row.kl) for row, _ in predictions] == [
-        ("Q4_0", four_bits.kl),
-        ("8 bpw", frontier[0].kl),
+    assert [(row.measure, row.theirs) for row in predictions] == [
+        ("Q4_0, predicted", 1e3 * four_bits.kl),
+        ("8 bpw, predicted", 1e3 * frontier[0].kl),
     ]
-    assert predictions[0][1] > predictions[1][1] > 0
+    assert predictions[0].ours > predictions[1].ours > 0

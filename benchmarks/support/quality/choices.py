@@ -1,4 +1,4 @@
-"""Types that benchmarks/quality.py measures on a model: named ones, and the solver's choices for budgets."""
+"""Files that benchmarks/quality.py measures: named types, choices of the solver, and calibrated files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.support.quality.fidelity import Bench
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.support.quality.fidelity import Bench, Subject, load
 from benchmarks.support.quality.figures import FidelityRow, SizeRow, TargetRow
-from benchmarks.support.quality.variants import ALIKE, BASE, LARGE, Variant, variants
+from benchmarks.support.quality.variants import ALIKE, BASE, CALIBRATED, LARGE, VARIANTS, Variant
 from benchmarks.support.sizes import size_of, types_digest
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
 from dsmoe_quantize.budget.cost_model import Budget
 from dsmoe_quantize.budget.target import Request, solve_target
+from dsmoe_quantize.calibrated.calibration import Calibration, Rounding
 from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
@@ -58,14 +63,14 @@ def costs_from(path: Path | None, source: Path) -> Costs:
 def measure_sizes() -> list[SizeRow]:
     """Count the bytes of the whole 16B shape in each type."""
     rows = []
-    for variant in variants():
+    for variant in VARIANTS:
         size = size_of(LARGE, variant.word, imatrix=variant.imatrix)
         figures = (size.n_bytes, size.bits_per_weight, size.n_bytes_per_token)
         rows.append(SizeRow(variant.word, variant.imatrix, variant.digest, *figures))
     return rows
 
 
-def measure_types(bench: Bench, wanted: Iterable[Variant]) -> list[FidelityRow]:
+def measure_types(bench: Bench, wanted: Iterable[Variant] = VARIANTS) -> list[FidelityRow]:
     """Measure each type."""
     return [bench.measure(bench.plan(variant), variant, variant.digest) for variant in wanted]
 
@@ -81,6 +86,29 @@ def measure_alike(bench: Bench) -> list[FidelityRow]:
             plan = bench.plan_of(resolve(word), overrides, imatrix=imatrix)
             rows.append(bench.measure(plan, Variant(word, imatrix), types_digest(plan.choices)))
     return rows
+
+
+def calibration_windows(bench: Bench, subject: Subject) -> NDArray[np.int32]:
+    """Return the token ids of the whole calibration text, one window in each row."""
+    with load(bench.source, bench.amount) as engine:
+        return np.array(cut_windows(engine, subject.calibration, bench.amount.n_context).tokens, np.int32)
+
+
+def calibration_of(
+    windows: NDArray[np.int32], subject: Subject, n_windows: int | None, rounding: Rounding, seed: int
+) -> Calibration:
+    """Return a calibration on windows that `seed` chooses."""
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:n_windows]
+    text = subject.calibration
+    return Calibration(windows[chosen], text.name, text.digest, rounding, seed)
+
+
+def measure_calibrated(bench: Bench, subject: Subject) -> list[FidelityRow]:
+    """Measure types rounded with GPTQ."""
+    windows = calibration_windows(bench, subject)
+    calibration = calibration_of(windows, subject, bench.amount.n_calibration, Rounding.GPTQ, 0)
+    wanted = [Variant(word, True) for word in CALIBRATED]
+    return [bench.measure(bench.plan(each), each, each.digest, calibration) for each in wanted]
 
 
 def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> list[FidelityRow]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,10 +44,8 @@ class Variant:
         return _digest(self.word, self.imatrix)
 
 
-def variants() -> Iterator[Variant]:
-    """Yield all types with and without an importance matrix, in the order of the tables."""
-    for imatrix in (False, True):
-        yield from (Variant(word, imatrix) for word in (*STOCK, *OURS))
+VARIANTS = tuple(Variant(word, imatrix) for imatrix in (False, True) for word in (*STOCK, *OURS))
+"""All types without an importance matrix and with one, in the order of the tables."""
 
 
 @cache
