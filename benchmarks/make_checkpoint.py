@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ POOL_WEIGHTS = 24 << 20
 DEVIATION = 0.02
 N_BPE_TOKENS = 100_000
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
+TOKENIZER_CONFIG = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "tokenizer_class": "LlamaTokenizerFast",
+}
 
 Pool = NDArray[np.uint16]
 
@@ -100,35 +107,33 @@ def write_weights(folder: Path, hp: Hyperparameters, seed: int) -> int:
 def tokenizer_json() -> dict[str, Any]:
     """Return a byte-level BPE of 100,000 tokens: bytes, pairs and triples, none of them with two digits."""
     letters = [character for byte, character in byte_characters().items() if not chr(byte).isdigit()]
+    pairs = list(itertools.product(letters, letters))
+    triples = (("".join(pair), letter) for pair in pairs for letter in letters)
     vocab = {character: at for at, character in enumerate(byte_characters().values())}
-    merges: list[list[str]] = []
-    pairs = [left + right for left, right in itertools.product(letters, letters)]
-    candidates = itertools.chain(
-        itertools.product(letters, letters), ((pair, letter) for pair in pairs for letter in letters)
-    )
-    for left, right in candidates:
-        if len(vocab) == N_BPE_TOKENS:
-            break
-        if left + right not in vocab:
-            vocab[left + right] = len(vocab)
-            merges.append([left, right])
+    merges = list(itertools.islice(itertools.chain(pairs, triples), N_BPE_TOKENS - len(vocab)))
+    vocab |= {left + right: at for at, (left, right) in enumerate(merges, len(vocab))}
     added = [
         {"id": N_BPE_TOKENS + at, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
         | {"normalized": False, "special": True}
         for at, token in enumerate((BOS, EOS))
     ]
+    return {**bpe_json(vocab, merges), "added_tokens": added}
+
+
+def bpe_json(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return a byte-level BPE with the original's splitting rules as a tokenizer.json."""
     return {
         "version": "1.0",
-        "added_tokens": added,
+        "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting_steps()},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _splitting_steps()},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
 
 
-def splitting_steps() -> list[dict[str, Any]]:
+def _splitting_steps() -> list[dict[str, Any]]:
     """Return the original's splitting rules in the form of a tokenizer.json."""
     steps: list[dict[str, Any]] = []
     for kind, *parameters in DEFINITIONS[0].steps:
@@ -151,16 +156,9 @@ def write_tokenizer(folder: Path, source: Path | None) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(source / name, folder / name)
         return
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "tokenizer_class": "LlamaTokenizerFast",
-        "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    }
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG | {"chat_template": template}))
 
 
 def make_checkpoint(folder: Path, *, layers: int = 28, seed: int = 0, tokenizer: Path | None = None) -> int:

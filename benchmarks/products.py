@@ -16,21 +16,22 @@ Prints a table, then one JSON line. Lower is faster.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from benchmarks.make_checkpoint import Pool, make_pool
+from benchmarks.support import arguments
 from benchmarks.support.random_models import encoded
 from benchmarks.support.runner import say
-from benchmarks.support.tables import markdown
+from benchmarks.support.tables import show
 from dsmoe_local.engine.load.kernels import Kernels, choose_kernels
 from dsmoe_local.engine.load.machine import cpu_name, physical_cores
 from dsmoe_local.engine.native.devices import cpu_device
@@ -45,8 +46,8 @@ _WORKING_SET = 192 << 20
 """Bytes of weights that decoding goes through: more than the caches hold."""
 _PLAIN, _REPACKED = "plain", "repacked"
 _F32, _I32 = 0, 26
-_POINTER = ctypes.c_void_p
 _CONTEXT_BYTES = 1 << 22
+_POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,157 +73,130 @@ ROLES = (
 
 class _Parameters(ctypes.Structure):
     # ggml_init_params
-    _fields_ = [("size", ctypes.c_size_t), ("buffer", _POINTER), ("no_alloc", ctypes.c_bool)]
+    _fields_ = [("size", _SIZE), ("buffer", _POINTER), ("no_alloc", ctypes.c_bool)]
 
 
-def _call(name: str, result: Any, *arguments: tuple[Any, Any]) -> Any:  # noqa: ANN401 - ctypes
-    """Call a function of ggml; each argument with its type."""
-    function = backend_function(name, result, *(kind for kind, _ in arguments))
-    return function(*(value for _, value in arguments))
+_SIGNATURES: Mapping[str, tuple[Any, ...]] = {
+    "backend_alloc_ctx_tensors_from_buft": (_POINTER, _POINTER, _POINTER),
+    "backend_buffer_free": (None, _POINTER),
+    "backend_cpu_buffer_type": (_POINTER,),
+    "backend_dev_backend_reg": (_POINTER, _POINTER),
+    "backend_dev_init": (_POINTER, _POINTER, ctypes.c_char_p),
+    "backend_graph_compute": (_INT, _POINTER, _POINTER),
+    "backend_reg_get_proc_address": (_POINTER, _POINTER, ctypes.c_char_p),
+    "backend_tensor_set": (None, _POINTER, _POINTER, _SIZE, _SIZE),
+    "build_forward_expand": (None, _POINTER, _POINTER),
+    "free": (None, _POINTER),
+    "init": (_POINTER, _Parameters),
+    "mul_mat": (_POINTER, _POINTER, _POINTER, _POINTER),
+    "mul_mat_id": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    "nbytes": (_SIZE, _POINTER),
+    "new_graph": (_POINTER, _POINTER),
+    "new_tensor_3d": (_POINTER, _POINTER, _INT, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+}
+"""The results and the arguments of ggml's functions."""
 
 
-def _plain_buffer() -> int:
-    """Return the buffer type of weights as in the file."""
-    buffer_type: int = _call("ggml_backend_cpu_buffer_type", _POINTER)
-    return buffer_type
+@cache
+def ggml(name: str) -> Callable[..., Any]:
+    """Return a function of ggml."""
+    return backend_function(f"ggml_{name}", *_SIGNATURES[name])
 
 
 def _backend(n_threads: int) -> int:
     """Return a CPU backend with so many threads."""
     device = cpu_device()
-    backend: int = _call("ggml_backend_dev_init", _POINTER, (_POINTER, device), (ctypes.c_char_p, None))
-    registry = _call("ggml_backend_dev_backend_reg", _POINTER, (_POINTER, device))
-    address = _call(
-        "ggml_backend_reg_get_proc_address",
-        _POINTER,
-        (_POINTER, registry),
-        (ctypes.c_char_p, b"ggml_backend_set_n_threads"),
-    )
-    ctypes.CFUNCTYPE(None, _POINTER, ctypes.c_int)(address)(backend, n_threads)
+    backend: int = ggml("backend_dev_init")(device, None)
+    registry = ggml("backend_dev_backend_reg")(device)
+    address = ggml("backend_reg_get_proc_address")(registry, b"ggml_backend_set_n_threads")
+    ctypes.CFUNCTYPE(None, _POINTER, _INT)(address)(backend, n_threads)
     return backend
 
 
 @contextmanager
 def _context() -> Iterator[int]:
     """Provide a ggml context for tensors without data."""
-    context = _call("ggml_init", _POINTER, (_Parameters, _Parameters(_CONTEXT_BYTES, None, True)))
+    context = ggml("init")(_Parameters(_CONTEXT_BYTES, None, True))
     try:
         yield context
     finally:
-        _call("ggml_free", None, (_POINTER, context))
+        ggml("free")(context)
 
 
 def _tensor(context: int, kind: int, *sizes: int) -> int:
-    """Return a new tensor; sizes fastest dimension first."""
-    whole = (*sizes, 1, 1)[:3]
-    made: int = _call(
-        "ggml_new_tensor_3d",
-        _POINTER,
-        (_POINTER, context),
-        (ctypes.c_int, kind),
-        *((ctypes.c_int64, size) for size in whole),
-    )
+    """Return a new tensor. The fastest dimension is the first."""
+    made: int = ggml("new_tensor_3d")(context, kind, *(*sizes, 1, 1)[:3])
     return made
 
 
 @contextmanager
 def _allocated(context: int, buffer_type: int) -> Iterator[None]:
     """Allocate all tensors of the context in one buffer."""
-    buffer = _call(
-        "ggml_backend_alloc_ctx_tensors_from_buft", _POINTER, (_POINTER, context), (_POINTER, buffer_type)
-    )
+    buffer = ggml("backend_alloc_ctx_tensors_from_buft")(context, buffer_type)
     try:
         yield
     finally:
-        _call("ggml_backend_buffer_free", None, (_POINTER, buffer))
+        ggml("backend_buffer_free")(buffer)
 
 
 def _set(tensor: int, data: np.ndarray[Any, Any]) -> None:
-    _call(
-        "ggml_backend_tensor_set",
-        None,
-        (_POINTER, tensor),
-        (_POINTER, data.ctypes.data),
-        (ctypes.c_size_t, 0),
-        (ctypes.c_size_t, data.nbytes),
-    )
+    ggml("backend_tensor_set")(tensor, data.ctypes.data, 0, data.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
 class Product:
     """Weights of one type and role in one form, whose products can be timed."""
 
-    def __init__(self, backend: int, weights: Sequence[int], role: RoleShape) -> None:
-        self._backend = backend
-        self._weights = weights
-        self._role = role
+    backend: int
+    weights: Sequence[int]
+    role: RoleShape
 
     def picoseconds(self, n_tokens: int, n_products: int, rounds: int) -> float:
         """Return the time of one weight and token: the fastest of the rounds, after a warm-up."""
         with _context() as context:
-            graph = _call("ggml_new_graph", _POINTER, (_POINTER, context))
+            graph = ggml("new_graph")(context)
             inputs = [
-                self._add(context, graph, self._weights[at % len(self._weights)], n_tokens)
+                self._add(context, graph, self.weights[at % len(self.weights)], n_tokens)
                 for at in range(n_products)
             ]
-            with _allocated(context, _plain_buffer()):
+            with _allocated(context, ggml("backend_cpu_buffer_type")()):
                 for each in inputs:
                     self._fill(each, n_tokens)
                 seconds = [self._compute(graph) for _ in range(rounds + 1)][1:]
-        n_weights = self._role.shape[-1] * self._role.shape[-2] * (_CHOSEN if self._role.is_experts else 1)
+        n_weights = self.role.shape[-1] * self.role.shape[-2] * (_CHOSEN if self.role.is_experts else 1)
         return 1e12 * min(seconds) / (n_weights * n_tokens * n_products)
 
     def _add(self, context: int, graph: int, weight: int, n_tokens: int) -> list[int]:
         """Add a product to the graph. Return its inputs: activations, and the chosen experts if any."""
-        n_rows, n_columns = self._role.shape[-2:]
-        if self._role.is_experts:
+        n_rows, n_columns = self.role.shape[-2:]
+        if self.role.is_experts:
             # Down projections have an input for each chosen expert, the others have one for all.
             inner = _CHOSEN if n_rows > n_columns else 1
-            inputs = [
-                _tensor(context, _F32, n_columns, inner, n_tokens),
-                _tensor(context, _I32, _CHOSEN, n_tokens),
-            ]
-            name = "ggml_mul_mat_id"
+            activations = _tensor(context, _F32, n_columns, inner, n_tokens)
+            inputs, name = [activations, _tensor(context, _I32, _CHOSEN, n_tokens)], "mul_mat_id"
         else:
-            inputs, name = [_tensor(context, _F32, n_columns, n_tokens)], "ggml_mul_mat"
-        operands = ((_POINTER, each) for each in (context, weight, *inputs))
-        out = _call(name, _POINTER, *operands)
-        _call("ggml_build_forward_expand", None, (_POINTER, graph), (_POINTER, out))
+            inputs, name = [_tensor(context, _F32, n_columns, n_tokens)], "mul_mat"
+        ggml("build_forward_expand")(graph, ggml(name)(context, weight, *inputs))
         return inputs
 
     def _fill(self, inputs: Sequence[int], n_tokens: int) -> None:
         random = np.random.default_rng(0)
-        n_bytes = _call("ggml_nbytes", ctypes.c_size_t, (_POINTER, inputs[0]))
-        _set(inputs[0], random.standard_normal(n_bytes // 4, np.float32))
+        _set(inputs[0], random.standard_normal(ggml("nbytes")(inputs[0]) // 4, np.float32))
         for tensor in inputs[1:]:
-            ids = np.tile(np.arange(self._role.shape[0], dtype=np.int32), (n_tokens, 1))
+            ids = np.tile(np.arange(self.role.shape[0], dtype=np.int32), (n_tokens, 1))
             _set(tensor, np.ascontiguousarray(random.permuted(ids, axis=1)[:, :_CHOSEN]))
 
     def _compute(self, graph: int) -> float:
         began = time.perf_counter()
-        _call("ggml_backend_graph_compute", ctypes.c_int, (_POINTER, self._backend), (_POINTER, graph))
+        ggml("backend_graph_compute")(self.backend, graph)
         return time.perf_counter() - began
-
-
-@contextmanager
-def product(backend: int, kind: GgmlType, role: RoleShape, buffer_type: int, pool: Pool) -> Iterator[Product]:
-    """Provide weights that no cache holds."""
-    n_bytes = tensor_bytes(kind, role.shape)
-    tile = encoded(kind, role.shape[-1], pool)
-    data = np.resize(tile, n_bytes)
-    with _context() as context:
-        count = -(-_WORKING_SET // n_bytes)
-        weights = [_tensor(context, kind, *role.shape[::-1]) for _ in range(count)]
-        with _allocated(context, buffer_type):
-            for weight in weights:
-                _set(weight, data)
-            yield Product(backend, weights, role)
 
 
 def forms_of(kind: GgmlType, role: RoleShape) -> Mapping[str, int]:
     """Return the buffer type of each form in which ggml multiplies by such weights."""
     if role.shape[-1] % block_size(kind):
         return {}
-    forms = {_PLAIN: _plain_buffer()}
+    forms = {_PLAIN: ggml("backend_cpu_buffer_type")()}
     repacked = repack_buffer()
     if repacked and can_repack(kind, role.shape[-1], role.shape[-2], experts=role.is_experts):
         forms[_REPACKED] = repacked
@@ -239,43 +213,41 @@ def measure(
     backend: int, kind: GgmlType, role: RoleShape, buffer_type: int, pool: Pool, rounds: int
 ) -> tuple[float, float]:
     """Return picoseconds for each weight and token: of a prompt, and of decoding."""
-    with product(backend, kind, role, buffer_type, pool) as weights:
-        read = tensor_bytes(kind, role.shape) * (_CHOSEN / role.shape[0] if role.is_experts else 1)
-        return (
-            weights.picoseconds(_PROMPT, 1 if role.is_experts else 4, rounds),
-            weights.picoseconds(1, int(_WORKING_SET / read), rounds),
-        )
+    n_bytes = tensor_bytes(kind, role.shape)
+    data = np.resize(encoded(kind, role.shape[-1], pool), n_bytes)
+    with _context() as context:
+        weights = [_tensor(context, kind, *role.shape[::-1]) for _ in range(-(-_WORKING_SET // n_bytes))]
+        with _allocated(context, buffer_type):
+            for weight in weights:
+                _set(weight, data)
+            product = Product(backend, weights, role)
+            n_read = n_bytes * (_CHOSEN / role.shape[0] if role.is_experts else 1)
+            return (
+                product.picoseconds(_PROMPT, 1 if role.is_experts else 4, rounds),
+                product.picoseconds(1, int(_WORKING_SET / n_read), rounds),
+            )
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--types", default=",".join(TYPES), metavar="T,T", help=f"[{','.join(TYPES)}]")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
-    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
-    given = parser.parse_args()
+    given = arguments.parse(__doc__, types=TYPES, rounds=3, threads=physical_cores())
     backend, pool = _backend(given.threads), make_pool(0)
     rows, record = [], {}
-    for word in given.types.split(","):
+    for word in given.types:
         kind = GgmlType.__members__[word]
         cells = [word]
         for role in ROLES:
-            auto = auto_form(kind, role)
             found = {
                 form: measure(backend, kind, role, buffer_type, pool, given.rounds)
                 for form, buffer_type in forms_of(kind, role).items()
             }
+            auto = auto_form(kind, role)
             cells += [_cell(found, auto, at) for at in range(2)]
-            record[f"{word}, {role.role}"] = {
-                form: [round(each, 2) for each in times] for form, times in found.items()
-            } | ({"auto": auto} if found else {})
+            record[f"{word}, {role.role}"] = {**found, "auto": auto} if found else {}
         say(f"  {cells}")
         rows.append(cells)
     heads = ("type", *(f"{role.role}, {what}" for role in ROLES for what in ("prompt", "decode")))
-    table = markdown(heads, "lrrrrrr", rows)
-    print(f"{cpu_name()}, {given.threads} threads, ps for each weight and token\n\n{table}\n")
+    show(f"{cpu_name()}, {given.threads} threads, ps for each weight and token", heads, "lrrrrrr", rows)
     print(json.dumps({"cpu": cpu_name(), "threads": given.threads, "rounds": given.rounds, "result": record}))
 
 

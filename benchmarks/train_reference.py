@@ -3,7 +3,7 @@
     python -m benchmarks.train_reference                  1,200 steps (half an hour), into the cache
     python -m benchmarks.train_reference --steps 2400     longer
     python -m benchmarks.train_reference --architecture deepseek2    with the attention of DeepSeek-V2
-    python -m benchmarks.train_reference -o FOLDER        elsewhere, anew
+    python -m benchmarks.train_reference --output FOLDER  elsewhere, anew
 
 256 wide, 6 layers, 16 routed experts of 128 and 2 shared ones, 4 chosen by each token: in proportion like
 16B, whose routed down projections also have a width that 256 does not divide. It learns Python's help topics
@@ -13,18 +13,15 @@ seed fixes the order of the data, not the bits of the result.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +32,8 @@ from tokenizers import Tokenizer
 from tokenizers.trainers import BpeTrainer
 from torch.nn import functional
 
-from benchmarks.make_checkpoint import BOS, EOS, splitting_steps
+from benchmarks.make_checkpoint import BOS, EOS, TOKENIZER_CONFIG, bpe_json
+from benchmarks.support import arguments
 from benchmarks.support.reference_model import ReferenceModel
 from benchmarks.support.reference_shape import (
     CALIBRATION,
@@ -47,7 +45,9 @@ from benchmarks.support.reference_shape import (
     reference_folder,
 )
 from benchmarks.support.reference_text import Corpus, read_corpus
+from benchmarks.support.runner import say
 from dsmoe_convert.byte_level import byte_characters
+from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.model.config_json import config_values
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -62,7 +62,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How it went. Losses in nats per token: of the last steps, and of the held-out text."""
+    """The training, with the losses of the last steps and of the held-out text in nats per token."""
 
     seed: int
     n_steps: int
@@ -76,17 +76,8 @@ class Trained:
 
 
 def train_tokenizer(corpus: Corpus) -> Tokenizer:
-    """A byte-level BPE under the original's splitting rules; begin and end of text come last."""
-    empty: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting_steps()},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }
-    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(empty))
+    """Train a byte-level BPE with the original's splitting rules. BOS and EOS are the last tokens."""
+    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(bpe_json({}, [])))
     trainer = BpeTrainer(
         vocab_size=HP.n_vocab - 2, show_progress=False, initial_alphabet=list(byte_characters().values())
     )
@@ -97,14 +88,14 @@ def train_tokenizer(corpus: Corpus) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Ids:
-    """All documents in a row, each after a begin of text."""
+    """Return the token ids of all documents, each after BOS."""
     begin = tokenizer.token_to_id(BOS)
     parts = [[begin, *encoding.ids] for encoding in tokenizer.encode_batch(list(documents))]
     return np.concatenate([np.array(part, np.int64) for part in parts])
 
 
 def batches(ids: Ids, seed: int) -> Iterator[torch.Tensor]:
-    """(batch, n_context + 1), epoch after epoch, each cut elsewhere and in another order."""
+    """Yield batches, shape (_BATCH, n_context + 1). Each epoch has other windows in another order."""
     random = np.random.default_rng(seed)
     length = HP.n_context
     while True:
@@ -115,7 +106,7 @@ def batches(ids: Ids, seed: int) -> Iterator[torch.Tensor]:
 
 
 def rate_at(share: float) -> float:
-    """The learning rate after a share of the time: up in a line, down along a cosine."""
+    """Return the learning rate after a share of the steps: a linear warm-up, then a cosine decay."""
     if share < _WARM_UP:
         return _RATE * max(share, 1e-4) / _WARM_UP
     left = 0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP)))
@@ -124,12 +115,12 @@ def rate_at(share: float) -> float:
 
 @cache
 def computes_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself: one that does not is faster with f32, and by far."""
+    """Return True if the processor multiplies bf16 itself. Others are much faster with f32."""
     return any(present for name, present in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def loss_of(model: ReferenceModel, batch: torch.Tensor) -> torch.Tensor:
-    """Nats per token, of bf16 products where the processor has them."""
+    """Return the loss in nats per token."""
     with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16()):
         logits = model(batch[:, :-1])
     return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -137,7 +128,7 @@ def loss_of(model: ReferenceModel, batch: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: ReferenceModel, ids: Ids) -> float:
-    """Nats per token over whole windows."""
+    """Return the loss over whole windows in nats per token."""
     step = _BATCH * (HP.n_context + 1)
     parts = (ids[at : at + step].reshape(_BATCH, -1) for at in range(0, len(ids) - step + 1, step))
     losses = [loss_of(model, torch.from_numpy(part)).item() for part in parts]
@@ -145,7 +136,7 @@ def held_out_loss(model: ReferenceModel, ids: Ids) -> float:
 
 
 def train(model: ReferenceModel, ids: Ids, n_steps: int, seed: int) -> float:
-    """Train, and return the mean loss of the last steps."""
+    """Train the model. Return the mean loss of the last steps."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -166,7 +157,7 @@ def train(model: ReferenceModel, ids: Ids, n_steps: int, seed: int) -> float:
             recent = float(np.mean(losses[-50:]))
             progress.update(task, advance=1, description=f"step {len(losses)}: loss {recent:.3f}")
             if len(losses) % 200 == 0 and not progress.console.is_terminal:
-                print(f"{share:.0%} step {len(losses)}: loss {recent:.3f}", file=sys.stderr, flush=True)
+                say(f"{share:.0%} step {len(losses)}: loss {recent:.3f}")
     return float(np.mean(losses[-50:]))
 
 
@@ -178,24 +169,21 @@ def write(
     corpus: Corpus,
     trained: Trained,
 ) -> None:
-    """The checkpoint as Hugging Face has it, and the texts, under its name only when complete."""
+    """Write a Hugging Face checkpoint and the texts. The folder gets its name when it is complete."""
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: value.detach().to(torch.bfloat16) for name, value in model.state_dict().items()}
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    special = {name: tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS))}
-    values: dict[str, Any] = config_values(
-        hp, bos_token_id=special["bos"], eos_token_id=special["eos"], torch_dtype="bfloat16"
-    )
+    begin, end = (tokenizer.token_to_id(token) for token in (BOS, EOS))
+    values = config_values(hp, bos_token_id=begin, eos_token_id=end, torch_dtype="bfloat16")
     tokenizer.save(str(temporary / "tokenizer.json"))
-    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS}
     files = {
         "config.json": json.dumps(values, indent=2),
-        "tokenizer_config.json": json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}),
+        "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG),
         HELD_OUT: corpus.held_out,
         CALIBRATION: corpus.calibration(_CALIBRATION_CHARACTERS),
-        TRAINING: json.dumps({name: getattr(trained, name) for name in Trained.__slots__}),
+        TRAINING: json.dumps(asdict(trained)),
     }
     for name, text in files.items():
         (temporary / name).write_text(text, encoding="utf-8")
@@ -204,19 +192,15 @@ def write(
 
 
 def make_reference(folder: Path, n_steps: int, seed: int, hp: Hyperparameters = HP) -> Trained:
-    """Train one and write it to `folder`."""
+    """Train a model and write it to `folder`."""
     torch.manual_seed(seed)
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    torch.set_num_threads(physical_cores())
     corpus = read_corpus()
     tokenizer = train_tokenizer(corpus)
     ids = encode(tokenizer, corpus.training)
     model = ReferenceModel(hp)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{n_weights / 1e6:.1f}M weights, {len(ids) / 1e6:.2f}M tokens of text", file=sys.stderr, flush=True
-    )
+    say(f"{n_weights / 1e6:.1f}M weights, {len(ids) / 1e6:.2f}M tokens of text")
     loss = train(model, ids, n_steps, seed)
     n_tokens = n_steps * _BATCH * HP.n_context
     measured = held_out_loss(model, encode(tokenizer, (corpus.held_out,)))
@@ -227,18 +211,11 @@ def make_reference(folder: Path, n_steps: int, seed: int, hp: Hyperparameters = 
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--architecture", choices=SHAPES, default=HP.architecture)
-    parser.add_argument("-o", "--output", type=Path, help="a folder, which is replaced")
-    given = parser.parse_args()
+    """Train a model if it is not there. Print where it is, and how the training went."""
+    given = arguments.parse(__doc__, steps=STEPS, seed=0, architecture=HP.architecture, output=Path)
     folder = given.output or reference_folder(given.steps, given.seed, given.architecture)
     if given.output is None and (folder / TRAINING).is_file():
-        print(f"{folder} is there already", file=sys.stderr)
+        say(f"{folder} is there already")
     else:
         make_reference(folder, given.steps, given.seed, SHAPES[given.architecture])
     print(json.dumps({"folder": str(folder), **json.loads((folder / TRAINING).read_text())}))
