@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.support import arguments
-from benchmarks.support.runner import Bar, compare, in_turn
-from benchmarks.support.tables import report
+from benchmarks.support.runner import in_turn
+from benchmarks.support.tables import show
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine import native
@@ -35,7 +35,7 @@ from dsmoe_local.engine.load.loaded_model import load_model
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.engine.types import ModelOptions
 
-BAR = Bar(1.3)
+BAR = 1.3
 CGROUPS = Path("/sys/fs/cgroup")
 PROMPT, WARM_UP, CONTEXT = 64, 16, 512
 OURS = "ours"
@@ -82,7 +82,8 @@ SIDES = {
 
 def work(name: str, path: Path, tokens: int, threads: int, seed: int) -> dict[str, float]:
     """Load and decode in this process, which is limited. Return what it took."""
-    ids = [random.Random(seed).randrange(1000, 30_000) for _ in range(PROMPT + WARM_UP + tokens)]
+    generator = random.Random(seed)
+    ids = [generator.randrange(1000, 30_000) for _ in range(PROMPT + WARM_UP + tokens)]
     began = time.perf_counter()
     with SIDES[name](path, threads) as decode:
         loaded = time.perf_counter()
@@ -163,26 +164,33 @@ def main() -> None:
     }
     found = in_turn(contenders, given.rounds, n_warm_up=0)
     medians = {
-        name: {key: statistics.median(each[key] for each in runs) for key in runs[0]} if all(runs) else {}
+        name: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
         for name, runs in found.items()
+        if all(runs)
     }
-    notes = {
-        name: ", ".join(f"{key} {value:.1f}" for key, value in each.items()) or "killed for memory"
-        for name, each in medians.items()
-    }
-    rates = {name: [each["decode"] for each in runs] for name, runs in found.items() if all(runs)}
-    rows = [
-        compare("decode", rates, OURS, name, bar=BAR, note=notes[name])
-        for name in rates
-        if name != OURS and OURS in rates
-    ]
+    rows = [(name, *cells(medians[name])) for name in medians]
+    rows += [(name, "killed for memory", "", "", "", "") for name in SIDES if name not in medians]
     limit = f"{format_size(n_bytes)} of memory, {given.threads} threads"
-    title = f"{limit}, read-ahead {read_ahead(given.model)}; {OURS}: {notes[OURS]}"
-    report(title, rows, medians)
+    heads = ("", "tokens/s", "prompt", "read/token", "faults", "load")
+    show(f"{limit}, read-ahead {read_ahead(given.model)}", heads, "lrrrrr", rows)
+    for name in medians:
+        print(f"{OURS} / {name}: {medians[OURS]['decode'] / medians[name]['decode']:.2f} (bar {BAR})")
+    print(json.dumps(medians))
+
+
+def cells(found: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the row of one side."""
+    return (
+        f"{found['decode']:.2f}",
+        f"{found['prompt']:.1f}",
+        format_size(int(found["read_per_token"])),
+        f"{found['faults_per_token']:.1f}",
+        f"{found['load_seconds']:.1f} s",
+    )
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--worker":
+    if sys.argv[1:2] == ["--worker"]:
         name, model, *numbers, group = sys.argv[2:]
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
         print(json.dumps(work(name, Path(model), *map(int, numbers))), flush=True)
