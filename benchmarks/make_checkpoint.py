@@ -53,6 +53,11 @@ def to_bf16(values: NDArray[np.float32]) -> Pool:
     return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
 
 
+def to_f32(weights: Pool) -> NDArray[np.float32]:
+    """Return bf16 as floats."""
+    return (weights.astype(np.uint32) << 16).view(np.float32)
+
+
 def make_pool(seed: int) -> Pool:
     """Return normal numbers as bf16, so many that repetitions are far apart."""
     values = np.random.default_rng(seed).standard_normal(POOL_WEIGHTS, np.float32)
@@ -74,7 +79,7 @@ def _weights(count: int, role: Role, pool: Pool, random: np.random.Generator) ->
     start = int(random.integers(len(pool) - count + 1))
     weights = pool[start : start + count]
     if role is Role.NORM:
-        return to_bf16(1 + (weights.astype(np.uint32) << 16).view(np.float32))
+        return to_bf16(1 + to_f32(weights))
     return weights
 
 

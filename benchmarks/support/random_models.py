@@ -1,22 +1,24 @@
 """Models of a shape with random weights, in any type, and how fast they are.
 
-Speed does not depend on what weights say, but for the router: random ones choose experts nearly uniformly. A
-type's blocks are encoded from a few million random weights and repeated, so a file of gigabytes is made as
-fast as the disk takes it. Files are kept in the cache once made, by the types of their tensors.
+Speed does not depend on the values of weights, except for those of routers: random ones choose experts nearly
+uniformly. The blocks of a type are encoded from a few million random weights and repeated, so files are made
+as fast as the disk writes. They are kept in the cache, with a digest of the types of their tensors as part of
+their names.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
-from benchmarks.make_checkpoint import Pool, make_pool
+from benchmarks.make_checkpoint import Pool, make_pool, to_f32
 from benchmarks.support.runner import say
 from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.base.paths import cache_folder
@@ -31,26 +33,25 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.plan import plan_types
-from dsmoe_quantize.policy.types import TypeChoice, resolve
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.write import kernels
 
 QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
 _TILE_WEIGHTS = 4 << 20
-_WRITE_BYTES = 16 << 20
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model of the paper, by the preset's name, or a small one of its kind."""
+    """A preset by its name, or a small shape of the same kind."""
 
     name: str
     hp: Hyperparameters
 
 
 def shape_of(preset: str, *, quick: bool) -> Shape:
-    """The shape; `quick`: with an eighth of its widths."""
+    """Return the shape of a preset. `quick`: with an eighth of its widths."""
     hp = PRESETS[preset].hp
     if not quick:
         return Shape(preset, hp)
@@ -72,34 +73,30 @@ def shape_of(preset: str, *, quick: bool) -> Shape:
 
 
 def with_layers(hp: Hyperparameters, layers: int) -> Hyperparameters:
-    """The shape with so many layers."""
+    """Return the shape with so many layers."""
     return replace(hp, n_layers=layers, n_dense_layers=hp.n_dense_layers if hp.is_moe else layers)
 
 
-def model_file(shape: Shape, layers: int, wanted: str | TypeChoice) -> Path:
-    """The file in a type, or in the one of that name, made if it is not there."""
+def model_file(shape: Shape, layers: int, word: str) -> Path:
+    """Return the file of a shape in a type. It is made if it is not there."""
     hp = with_layers(shape.hp, layers)
     folder = cache_folder() / "benchmarks"
-    digest = types_digest(choices_of(hp, wanted))
-    name = wanted if isinstance(wanted, str) else wanted.name
-    out = folder / f"{shape.name}-{layers}-layers-{name}-{digest}.gguf"
+    out = folder / f"{shape.name}-{layers}-layers-{word}-{types_digest(choices_of(hp, word))}.gguf"
     if not out.exists():
         say(f"making {out} (once)")
         folder.mkdir(parents=True, exist_ok=True)
         part = out.with_suffix(".part")
         try:
-            write_random(part, hp, make_pool(0), wanted)
+            write_random(part, hp, make_pool(0), word)
             part.rename(out)
         finally:
             part.unlink(missing_ok=True)
     return out
 
 
-def write_random(path: Path, hp: Hyperparameters, pool: Pool, wanted: str | TypeChoice = "bf16") -> None:
-    """A GGUF of that shape in a type, or in the one of that name; norms and routers in F32."""
-    types = plan_types(
-        unquantized(hp, GgmlType.BF16), hp, resolve(wanted) if isinstance(wanted, str) else wanted
-    )
+def write_random(path: Path, hp: Hyperparameters, pool: Pool, word: str) -> None:
+    """Write a GGUF file of a shape in a type."""
+    types = plan_types(unquantized(hp, GgmlType.BF16), hp, resolve(word))
     plan = plan_gguf(types.metadata_of(metadata_of_random(hp)), types.choices)
     random = np.random.default_rng(0)
     tiles: dict[tuple[GgmlType, int], Bytes] = {}
@@ -107,25 +104,25 @@ def write_random(path: Path, hp: Hyperparameters, pool: Pool, wanted: str | Type
         file.truncate(plan.size)
         write_at(file.fileno(), plan.header, 0)
         for spec, tensor in zip(tensor_specs(hp), types.choices, strict=True):
-            offset = plan.offsets[spec.name]
+            data: NDArray[Any]
             if spec.role is Role.NORM:
-                write_at(file.fileno(), _near_one(pool, spec.n_weights).tobytes(), offset)
-                continue
-            key = tensor.type, tensor.shape[-1]
-            tile = tiles[key] = tiles[key] if key in tiles else encoded(*key, pool)
-            row = row_bytes(*key)
-            for piece in _repeated(tile, row * int(random.integers(len(tile) // row)), tensor.n_bytes):
-                write_at(file.fileno(), piece, offset)
-                offset += len(piece)
+                data = 1 + to_f32(pool[: spec.n_weights])
+            else:
+                key = tensor.type, tensor.shape[-1]
+                tile = tiles[key] = tiles[key] if key in tiles else encoded(*key, pool)
+                # Tensors begin at different rows, so that they are not alike.
+                row = row_bytes(*key)
+                data = np.resize(np.roll(tile, row * int(random.integers(len(tile) // row))), tensor.n_bytes)
+            write_at(file.fileno(), data.data, plan.offsets[spec.name])
 
 
 def encoded(kind: GgmlType, n_columns: int, pool: Pool) -> Bytes:
-    """Rows of random weights in a type, a few million weights in all."""
+    """Return rows of random weights in a type, a few million weights in all."""
     n_rows = max(1, _TILE_WEIGHTS // n_columns)
     weights = pool[: n_rows * n_columns]
     if kind is GgmlType.BF16:
-        return np.ascontiguousarray(weights).view(np.uint8)
-    wide = (weights.astype(np.uint32) << 16).view(np.float32)
+        return weights.view(np.uint8)
+    wide = to_f32(weights)
     if kind is GgmlType.F32:
         return wide.view(np.uint8)
     out = np.empty(tensor_bytes(kind, (n_rows, n_columns)), np.uint8)
@@ -133,23 +130,8 @@ def encoded(kind: GgmlType, n_columns: int, pool: Pool) -> Bytes:
     return out
 
 
-def _near_one(pool: Pool, count: int) -> NDArray[np.float32]:
-    """What norms have."""
-    near_one: NDArray[np.float32] = 1 + (pool[:count].astype(np.uint32) << 16).view(np.float32)
-    return near_one
-
-
-def _repeated(tile: Bytes, start: int, n_bytes: int) -> Iterator[memoryview]:
-    """So many bytes of the tile from `start` on, round and round."""
-    while n_bytes:
-        count = min(n_bytes, len(tile) - start, _WRITE_BYTES)
-        yield tile[start : start + count].data
-        n_bytes -= count
-        start = (start + count) % len(tile)
-
-
 def metadata_of_random(hp: Hyperparameters) -> dict[str, Field]:
-    """The model's, and a vocabulary of words that no text has: ids are all that is needed."""
+    """Return the metadata of a shape, with a vocabulary that encodes no text: benchmarks use token ids."""
     text, count, flag = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.BOOL
     words, kinds = [f"t{number}" for number in range(hp.n_vocab)], [1] * hp.n_vocab
     return {

@@ -1,8 +1,8 @@
-"""A DeepSeekMoE (arXiv 2401.06066) in torch that can be trained: the paper's equations, and no more.
+"""A DeepSeekMoE (arXiv 2401.06066) in torch that can be trained.
 
-Attention and FFNs as in the released model, or as in DeepSeek-V2 (MLA, arXiv 2405.04434). The router's
-softmax over all experts weighs the chosen ones without being normalized again (equations 9 to 11). All
-weights are f32; matrix products follow autocast.
+Attention is that of the released model, or of DeepSeek-V2 (MLA, arXiv 2405.04434). The router's softmax over
+all experts weighs the chosen ones and is not normalized again (equations 9 to 11). All weights are f32;
+matrix products follow autocast.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class FeedForward(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Shared experts beside the routed ones that each token chooses. `balance` is the last call's balance
-    loss over experts (equations 12 to 14), without its factor.
+    """Shared and routed experts. `balance` is the balance loss of the last call (equations 12 to 14), without
+    its factor.
     """
 
     def __init__(self, hp: Hyperparameters) -> None:
@@ -134,14 +134,14 @@ class Mixture(nn.Module):
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """With rows of zeros up to one of a few numbers: each new shape of a bf16 product compiles a kernel."""
+    """Add rows of zeros up to one of a few numbers: each new shape of a bf16 product compiles a kernel."""
     if not torch.is_autocast_enabled("cpu"):
         return rows
     return functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS))
 
 
 class Layer(nn.Module):
-    """Attention and an FFN, each on a normalized copy of what they add to."""
+    """Attention and an FFN with norms before them."""
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
@@ -177,14 +177,14 @@ class Decoder(nn.Module):
 
 
 def _rotation(hp: Hyperparameters, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (length, rotary_dim)."""
+    """Return cosines and sines, shape (length, rotary_dim)."""
     frequencies = hp.rope_theta ** -(torch.arange(0, hp.rotary_dim, 2) / hp.rotary_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 class ReferenceModel(nn.Module):
-    """The whole. Its state_dict has the names of a Hugging Face checkpoint."""
+    """The whole model. Its state_dict has the names of a Hugging Face checkpoint."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
@@ -195,11 +195,11 @@ class ReferenceModel(nn.Module):
                 nn.init.normal_(parameter, std=_DEVIATION)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits, (batch, length, n_vocab)."""
+        """Return logits, shape (batch, length, n_vocab)."""
         result: Tensor = self.lm_head(self.model(ids))
         return result
 
     def balance(self) -> Tensor:
-        """The balance loss of the last call, summed over layers."""
+        """Return the balance loss of the last call, summed over layers."""
         losses = [module.balance for module in self.modules() if isinstance(module, Mixture)]
         return torch.stack(losses).sum()

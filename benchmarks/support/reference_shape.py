@@ -1,4 +1,4 @@
-"""The trained reference: its shape, where it is kept, and the files beside its weights. Needs no torch."""
+"""The shape of the trained reference, its folder, and the names of the files in it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ LATENT = replace(
     kv_rank=128,
     name="trained reference with MLA",
 )
-"""The same with the attention of DeepSeek-V2, in proportion like V2-Lite."""
+"""The same with the attention of DeepSeek-V2, with the proportions of V2-Lite."""
 SHAPES: Mapping[str, Hyperparameters] = {shape.architecture: shape for shape in (HP, LATENT)}
 
 
 def reference_folder(n_steps: int = STEPS, seed: int = 0, architecture: str = HP.architecture) -> Path:
-    """Where the checkpoint is kept."""
+    """Return the folder of the checkpoint in the cache."""
     kind = "" if architecture == HP.architecture else f"-{architecture}"
     return cache_folder() / "benchmarks" / f"reference{kind}-{n_steps}-steps-{seed}"

@@ -1,7 +1,7 @@
-"""The text that the trained reference learns from and is measured on: what every Python brings along.
+"""The texts of the trained reference: those that it learns from, and a held-out one.
 
-It learns help topics and the standard library's sources, and is measured on other topics and the docstrings
-of other modules. Both are split by a hash of their names, which holds for every version of Python.
+It learns help topics and sources of Python's standard library. The held-out text has other topics, and the
+docstrings of other modules. A hash of the names divides both, so that it is the same for every Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from dsmoe_convert.demo import corpus
 
 _HELD_OUT_MODULES = 16  # one of so many
-# pydoc_data has the help topics, those that are held out, too.
+# pydoc_data has all help topics, so also those that are held out.
 _WITHOUT = frozenset(
     {"test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 )
@@ -26,19 +26,19 @@ _LEAST_CHARACTERS = 40  # shorter docstrings say little
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents to learn from, and one text to be measured on."""
+    """Documents to learn from, and the held-out text."""
 
     training: tuple[str, ...]
     held_out: str
 
     def calibration(self, n_characters: int) -> str:
-        """The beginnings of all documents to learn from, about so many characters in all."""
+        """Return the beginnings of all training documents, about so many characters in all."""
         share = n_characters / sum(map(len, self.training))
         return "\n\n".join(text[: int(share * len(text)) + 1] for text in self.training)
 
 
 def read_corpus() -> Corpus:
-    """Both parts, the same ones for the same Python."""
+    """Return the texts, which are the same for the same version of Python."""
     training = [corpus.text("calibration")]
     held_out = [corpus.text("held out")]
     for name, source in _modules():
@@ -54,7 +54,7 @@ def _is_held_out(name: str) -> bool:
 
 
 def _modules() -> Iterator[tuple[str, str]]:
-    """Every module of the standard library, by its path, and its source."""
+    """Yield the path and the source of each module of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -63,7 +63,7 @@ def _modules() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    """Those of a module, its classes and functions, each under the line that it belongs to."""
+    """Yield the docstrings of a module, of its classes and functions, after their first lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes
         try:

@@ -1,4 +1,4 @@
-"""Which types the tensors of a shape get, and what that weighs. Counts bytes; reads and writes no weights."""
+"""The types that the tensors of a shape get, and their bytes. No weights are read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import unquantized
 from dsmoe_quantize.policy.choice import TensorChoice, choose_types
-from dsmoe_quantize.policy.types import TypeChoice, resolve
+from dsmoe_quantize.policy.types import resolve
 
 _DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """One type: bytes of the weights, bits for each, and bytes of those that decoding one token reads."""
+    """A type: bytes of all weights, bits per weight, and bytes that are read to decode a token."""
 
     type: str
     n_bytes: int
@@ -26,24 +26,17 @@ class Size:
     n_bytes_per_token: float
 
 
-def choices_of(
-    hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False
-) -> Sequence[TensorChoice]:
-    """Return the types that the tensors of the shape get in a type, which may be given by its name.
-
-    `imatrix`: weights are encoded with an importance matrix.
-    """
-    choice = resolve(wanted) if isinstance(wanted, str) else wanted
-    return choose_types(unquantized(hp, GgmlType.BF16), hp, choice, imatrix=imatrix)
+def choices_of(hp: Hyperparameters, word: str, *, imatrix: bool = False) -> Sequence[TensorChoice]:
+    """Return the types that the tensors of a shape get, with an importance matrix or without."""
+    return choose_types(unquantized(hp, GgmlType.BF16), hp, resolve(word), imatrix=imatrix)
 
 
-def size_of(hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False) -> Size:
-    """Return what a model costs in a type, which may be given by its name."""
-    choices = choices_of(hp, wanted, imatrix=imatrix)
+def size_of(hp: Hyperparameters, word: str, *, imatrix: bool = False) -> Size:
+    """Return the size of a model in a type."""
+    choices = choices_of(hp, word, imatrix=imatrix)
     n_bytes = sum(choice.n_bytes for choice in choices)
     n_weights = sum(choice.n_weights for choice in choices)
-    name = wanted if isinstance(wanted, str) else wanted.name
-    return Size(name, n_bytes, 8 * n_bytes / n_weights, bytes_per_token(hp, choices))
+    return Size(word, n_bytes, 8 * n_bytes / n_weights, bytes_per_token(hp, choices))
 
 
 def types_digest(choices: Sequence[TensorChoice]) -> str:
