@@ -44,19 +44,21 @@ from dsmoe_local.engine.types import ModelOptions, SamplingParameters
 from dsmoe_local.model.identity import file_identity
 from dsmoe_local.protocol.requests import RequestDefaults
 
-DEFAULTS = RequestDefaults(SamplingParameters(temperature=0))
-BEHAVIOURS = {
-    "all alike": Behaviour(0, spread=0.0, speed_spread=0.0),
-    "as measured": Behaviour(0),
-    "a tenth are slow": Behaviour(0),
-    "die and hang": Behaviour(0, seconds_to_death=600.0, seconds_to_hang=3600.0),
-}
-
-
 ALONE = {1: "without Ray, 1 thread", 2: "without Ray, 2 threads"}
-N_PARALLEL = 8
 CLUSTERS = {"1 worker of 1 thread": (1, 1), "1 worker of 2 threads": (1, 2), "2 workers of 1 thread": (2, 1)}
 """Numbers of workers and of threads in each."""
+N_PARALLEL = 8
+
+
+def behaviours(n_workers: int) -> dict[str, Behaviour]:
+    """Return clusters whose workers behave differently."""
+    measured = Behaviour(n_workers, more_seconds=min(2.0, n_workers * 0.002))
+    return {
+        "all alike": replace(measured, spread=0.0, speed_spread=0.0),
+        "as measured": measured,
+        "a tenth are slow": replace(measured, n_slow=n_workers // 10),
+        "die and hang": replace(measured, seconds_to_death=600.0, seconds_to_hang=3600.0),
+    }
 
 
 def write_input(path: Path, n_lines: int, n_tokens: int) -> None:
@@ -68,70 +70,59 @@ def write_input(path: Path, n_lines: int, n_tokens: int) -> None:
 
 
 def options_of(folder: Path) -> BatchOptions:
-    """Return a batch that begins anew."""
-    return BatchOptions((folder / "in.jsonl",), folder / "out.jsonl", DEFAULTS, "simple", restart=True)
-
-
-def simulate(folder: Path, behaviour: Behaviour) -> tuple[float, SimulatedCluster]:
-    """Run the batch in a folder on a simulated cluster. Return the records per second of the driver."""
-    cluster = SimulatedCluster(behaviour)
-    with prepared(options_of(folder)) as job:
-        summary = run_on_cluster(cluster, job, clock=cluster.clock)
-        assert summary.n_records == len(job.index)
-    return summary.n_records / summary.seconds, cluster
+    """Return the options of a batch that begins anew."""
+    defaults = RequestDefaults(SamplingParameters(temperature=0))
+    return BatchOptions((folder / "in.jsonl",), folder / "out.jsonl", defaults, "simple", restart=True)
 
 
 def show_simulations(n_workers: int, n_records: int) -> dict[str, float]:
     """Simulate clusters and print a table. Return the records per second of each."""
-    found = {}
-    cells = []
+    found, rows = {}, []
     with tempfile.TemporaryDirectory(prefix="dsmoe-bench-") as name:
         write_input(Path(name) / "in.jsonl", n_records, 64)
-        for title, behaviour in BEHAVIOURS.items():
-            n_slow = n_workers // 10 if "slow" in title else 0
-            more = min(2.0, n_workers * 0.002)
-            behaviour = replace(behaviour, n_workers=n_workers, n_slow=n_slow, more_seconds=more)
-            found[title], cluster = simulate(Path(name), behaviour)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        for title, behaviour in behaviours(n_workers).items():
+            cluster = SimulatedCluster(behaviour)
+            with prepared(options_of(Path(name))) as job:
+                summary = run_on_cluster(cluster, job, clock=cluster.clock)
+            assert summary.n_records == n_records
+            found[title] = n_records / summary.seconds
             ideal = n_records * behaviour.seconds / (behaviour.n_parallel * cluster.speed)
-            speed, share = f"{found[title]:,.0f}", f"{ideal / cluster.now:.0%}"
-            again = f"{cluster.n_lines - n_records:,}"
-            cells.append((title, speed, share, again, f"{cluster.n_deaths:,}", f"{peak} MiB"))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            used, again = f"{ideal / cluster.now:.0%}", f"{cluster.n_lines - n_records:,}"
+            rows.append((title, f"{found[title]:,.0f}", used, again, f"{cluster.n_deaths:,}", f"{peak} MiB"))
     heads = ("workers", "records/s", "cluster in use", "given again", "deaths", "peak memory")
-    show(f"{n_workers:,} simulated workers, {n_records:,} records", heads, "lrrrrr", cells)
+    show(f"{n_workers:,} simulated workers, {n_records:,} records", heads, "lrrrrr", rows)
     return found
 
 
 class Echo:
     """Returns what it is sent."""
 
-    def work(self, report: Report) -> Report:
+    def work(self, sent: Report) -> Report:
         """Return a report."""
-        return report
+        return sent
 
 
 def show_calls(n_calls: int) -> dict[str, float]:
     """Call actors and print what a call costs. Return the driver's seconds of each, and those of its CPU."""
     ray, closed = import_ray(LOCAL), threading.Event()
     connect(ray, LOCAL, threading.Event(), closed)
-    report = Report([Answer(n, b"x" * 300, "") for n in range(8)])
+    sent = Report([Answer(n, b"x" * 300, "") for n in range(8)])
     actors = [ray.remote(Echo).remote() for _ in range(4)]
-    ray.get([actor.work.remote(report) for actor in actors])
-    calls = {actor.work.remote(report): actor for actor in actors}
+    ray.get([actor.work.remote(sent) for actor in actors])
+    calls = {actor.work.remote(sent): actor for actor in actors}
     began, began_cpu = time.perf_counter(), time.process_time()
     for _ in range(n_calls):
         (call,), _ = ray.wait(list(calls), timeout=None)
         ray.get(call)
         actor = calls.pop(call)
-        calls[actor.work.remote(report)] = actor
-    found = {
-        "seconds": (time.perf_counter() - began) / n_calls,
-        "CPU seconds": (time.process_time() - began_cpu) / n_calls,
-    }
+        calls[actor.work.remote(sent)] = actor
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     ray.shutdown()
     closed.set()
-    cells = [(title, f"{each * 1000:.2f} ms") for title, each in found.items()]
-    show(f"{n_calls:,} calls of {len(actors)} actors", ("each", "driver"), "lr", cells)
+    found = {"seconds": seconds / n_calls, "CPU seconds": cpu_seconds / n_calls}
+    rows = [(title, f"{each * 1000:.2f} ms") for title, each in found.items()]
+    show(f"{n_calls:,} calls of {len(actors)} actors", ("each", "driver"), "lr", rows)
     return found
 
 

@@ -1,18 +1,20 @@
 """What models weigh in each type (docs/quantization.md). Counts bytes; reads and writes no weights.
 
-python benchmarks/type_sizes.py [PRESET]
-python benchmarks/type_sizes.py --family
+    python benchmarks/type_sizes.py [--preset NAME]
+    python benchmarks/type_sizes.py --family            every model with published weights
+
+Prints tables, then one JSON line.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from benchmarks.support import arguments
 from benchmarks.support.sizes import choices_of, size_of
 from benchmarks.support.tables import markdown
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -22,66 +24,48 @@ from dsmoe_quantize.policy.named_recipes import RECIPES
 
 _DEFAULT = "deepseekmoe-16b"
 _FAMILY_TYPES = ("bf16", "q8", "Q6_K", "Q5_K_M", "Q4_K_M", "q4", "q4-fast", "q4-small", "IQ4_XS")
+_COMPARED = ("Q4_K_M", "q4")
 
 
-def main() -> None:
-    """Print the tables, then the same as one JSON line."""
-    arguments = sys.argv[1:] or [_DEFAULT]
-    record = _family() if arguments == ["--family"] else _one(arguments[0])
-    print(json.dumps(record))
-
-
-def _one(preset: str) -> Mapping[str, object]:
+def one_model(preset: str) -> Mapping[str, object]:
     """Print all types of one model."""
-    hp = PRESETS[preset].hp
-    rows = [size_of(hp, word) for word in ("bf16", *RECIPES, *MIXES)]
+    rows = [size_of(PRESETS[preset].hp, word) for word in ("bf16", *RECIPES, *MIXES)]
     rows.sort(key=lambda row: -row.n_bytes)
     lines = [
-        [
+        (
             _styled(row.type),
             f"{row.n_bytes / 1e9:.2f}",
             f"{row.bits_per_weight:.2f}",
             f"{row.n_bytes_per_token / 1e9:.2f}",
-        ]
+        )
         for row in rows
     ]
     print(markdown(("`--type`", "size, GB", "bits per weight", "GB read per token"), "lrrr", lines))
     return {"model": preset, "rows": [asdict(row) for row in rows]}
 
 
-def _family() -> Mapping[str, object]:
+def family() -> Mapping[str, object]:
     """Print the most important types of every model with published weights, and their fallbacks."""
-    models = {
-        name: preset.hp for name, preset in PRESETS.items() if name == _DEFAULT or preset.ffn_factor is None
-    }
-    rows = {name: [size_of(hp, word) for word in _FAMILY_TYPES] for name, hp in models.items()}
-    lines = [
-        [models[name].name, *(f"{_gb(each.n_bytes)} / {_gb(each.n_bytes_per_token)}" for each in sizes)]
-        for name, sizes in rows.items()
-    ]
-    heads = ("GB in all / per token", *map(_styled, _FAMILY_TYPES))
-    print(markdown(heads, "l" + "r" * len(_FAMILY_TYPES), lines))
-    print()
-    fallbacks = {name: [_fallbacks(hp, word) for word in ("Q4_K_M", "q4")] for name, hp in models.items()}
-    lines = [
-        [
-            models[name].name,
-            f"`{tensor}`",
-            str(columns),
-            *(each.get((tensor, columns), "fits") for each in found),
+    models = [preset.hp for name, preset in PRESETS.items() if name == _DEFAULT or preset.ffn_factor is None]
+    lines, misfits, record = [], [], {}
+    for hp in models:
+        sizes = [size_of(hp, word) for word in _FAMILY_TYPES]
+        lines.append((hp.name, *(f"{_gb(each.n_bytes)} / {_gb(each.n_bytes_per_token)}" for each in sizes)))
+        found = [fallbacks(hp, word) for word in _COMPARED]
+        misfits += [
+            (hp.name, f"`{tensor}`", str(columns), *(each.get((tensor, columns), "fits") for each in found))
+            for tensor, columns in {**found[0], **found[1]}
         ]
-        for name, found in fallbacks.items()
-        for tensor, columns in {**found[0], **found[1]}
-    ]
-    print(markdown(("model", "tensors", "columns", "`Q4_K_M`", "**`q4`**"), "llrll", lines))
-    return {
-        "models": {name: [asdict(row) for row in sizes] for name, sizes in rows.items()},
-        "fallbacks": {name: [[*each.items()] for each in found] for name, found in fallbacks.items()},
-    }
+        record[hp.name] = [asdict(each) for each in sizes]
+    heads = ("GB in all / per token", *map(_styled, _FAMILY_TYPES))
+    print(markdown(heads, "l" + "r" * len(_FAMILY_TYPES), lines) + "\n")
+    heads = ("model", "tensors", "columns", *map(_styled, _COMPARED))
+    print(markdown(heads, "llrll", misfits))
+    return {"models": record, "fallbacks": misfits}
 
 
-def _fallbacks(hp: Hyperparameters, word: str) -> dict[tuple[str, int], str]:
-    """Return the types of the tensors that the wanted type did not fit, by tensor and columns."""
+def fallbacks(hp: Hyperparameters, word: str) -> dict[tuple[str, int], str]:
+    """Return the types of the tensors that the wanted type does not fit, by tensor and columns."""
     found: dict[tuple[str, int], Counter[str]] = {}
     for choice in choices_of(hp, word):
         if choice.misfit:
@@ -101,6 +85,12 @@ def _styled(word: str) -> str:
 
 def _gb(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.2f}" if n_bytes < 1e11 else f"{n_bytes / 1e9:.0f}"
+
+
+def main() -> None:
+    """Print the tables."""
+    given = arguments.parse(__doc__, preset=_DEFAULT, family=False)
+    print(json.dumps(family() if given.family else one_model(given.preset)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HTTP clients for load on a server: good ones, and others that hang up or send what a server must refuse."""
+"""HTTP clients that put load on a server. Some hang up or send what a server must refuse."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _N_PREFIXES = 4
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One request. `status` is what the answer must have. `hang_up`: when the client closes the connection,
-    one of `_HANG_UPS`; empty: never.
+    """One request, the status of its answer, and the end of its stream.
+
+    `hang_up` is when the client closes the connection, one of `_HANG_UPS`, or empty.
     """
 
     kind: str
@@ -35,7 +36,6 @@ class Query:
     status: int = 200
     hang_up: str = ""
     end: bytes = b""
-    """What a stream must end with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Answer:
     seconds: float
 
     def n_tokens(self) -> int:
-        """The generated tokens; 0 for a failed request."""
+        """Return the number of generated tokens; 0 for a failed request."""
         if self.status != http.HTTPStatus.OK:
             return 0
         events = (line.removeprefix(b"data: ") for line in self.body.splitlines() if b'"usage":{' in line)
@@ -107,21 +107,19 @@ class Mix:
         self._n_context = n_context
         self._random = random.Random(seed)
         self._prefixes = [sentences(120, number) for number in range(_N_PREFIXES)]
-        self._lock = threading.Lock()
 
     def next(self) -> Query:
-        """Return the next request. May be called from any thread."""
-        with self._lock:
-            point = self._random.random()
-            if point < HANG_UP_SHARE:
-                good, when = self._good(), self._random.choice(_HANG_UPS)
-                return Query(f"hangs up {when}", good.path, good.body, hang_up=when)
-            if point < HANG_UP_SHARE + MALFORMED_SHARE:
-                return self._random.choice(_MALFORMED)
-            if point < HANG_UP_SHARE + MALFORMED_SHARE + TOO_LONG_SHARE:
-                body = {"prompt": "word " * (self._n_context + self._random.randrange(5000))}
-                return Query("too long", "/v1/completions", json.dumps(body).encode(), 400)
-            return self._good()
+        """Return the next request."""
+        point = self._random.random()
+        if point < HANG_UP_SHARE:
+            good, when = self._good(), self._random.choice(_HANG_UPS)
+            return Query(f"hangs up {when}", good.path, good.body, hang_up=when)
+        if point < HANG_UP_SHARE + MALFORMED_SHARE:
+            return self._random.choice(_MALFORMED)
+        if point < HANG_UP_SHARE + MALFORMED_SHARE + TOO_LONG_SHARE:
+            body = {"prompt": "word " * (self._n_context + self._random.randrange(5000))}
+            return Query("too long", "/v1/completions", json.dumps(body).encode(), 400)
+        return self._good()
 
     def _good(self) -> Query:
         choose, text = self._random.choices, self._text()
@@ -186,7 +184,7 @@ _MALFORMED = tuple(
 
 @dataclass(slots=True)
 class Load:
-    """What came of a load. `wrong` has the answers that were not expected, in words."""
+    """The results of a load. `wrong` describes the answers that were not expected."""
 
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -203,17 +201,17 @@ class Load:
             self.first_seconds.append(answer.first_seconds)
 
     def percentile(self, percent: int) -> float:
-        """A percentile of the seconds to the first token of streams."""
+        """Return a percentile of the seconds to the first token of streams."""
         return statistics.quantiles(self.first_seconds, n=100)[percent - 1]
 
 
 def run_load(port: int, n_clients: int, seconds: float, seed: int, n_context: int) -> Load:
     """Send requests of `n_clients` clients for some time, and wait for the last answers."""
-    mix, load, lock = Mix(n_context, seed), Load(), threading.Lock()
+    load, lock = Load(), threading.Lock()
     began = time.perf_counter()
 
-    def client(_: int) -> None:
-        connection = Connection(port)
+    def client(number: int) -> None:
+        mix, connection = Mix(n_context, 1000 * seed + number), Connection(port)
         while time.perf_counter() - began < seconds:
             query = mix.next()
             try:
