@@ -21,9 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from benchmarks.support import arguments
 from benchmarks.support.runner import in_turn
@@ -39,10 +40,11 @@ BAR = 1.3
 CGROUPS = Path("/sys/fs/cgroup")
 PROMPT, WARM_UP, CONTEXT = 64, 16, 512
 OURS = "ours"
+Decode: TypeAlias = Callable[[native.Row], None]
 
 
 @contextmanager
-def ours(path: Path, threads: int) -> Iterator[Callable[[native.Row], None]]:
+def ours(path: Path, threads: int) -> Iterator[Decode]:
     """Load a model as the engine does. Yields what decodes a row."""
     options = ModelOptions(path, n_context=CONTEXT, n_threads=threads)
     with closing(load_model(options, ignore, threading.Event())) as loaded:
@@ -56,7 +58,7 @@ def ours(path: Path, threads: int) -> Iterator[Callable[[native.Row], None]]:
 
 
 @contextmanager
-def bare(path: Path, threads: int, *, repack: bool) -> Iterator[Callable[[native.Row], None]]:
+def bare(path: Path, threads: int, *, repack: bool) -> Iterator[Decode]:
     """Load a model as llama.cpp does by itself. Yields what decodes a row."""
     options = native.ContextOptions(
         n_context=CONTEXT, n_batch=CONTEXT, n_ubatch=CONTEXT, n_threads=threads, n_threads_batch=threads
@@ -73,7 +75,7 @@ def bare(path: Path, threads: int, *, repack: bool) -> Iterator[Callable[[native
         yield decode
 
 
-SIDES = {
+SIDES: Mapping[str, Callable[[Path, int], AbstractContextManager[Decode]]] = {
     OURS: ours,
     "llama.cpp as it loads by itself": partial(bare, repack=True),
     "llama.cpp without repacking": partial(bare, repack=False),

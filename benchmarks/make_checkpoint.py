@@ -91,7 +91,7 @@ def write_weights(folder: Path, hp: Hyperparameters, seed: int) -> int:
     for number, layer in enumerate((None, *range(hp.n_layers)), 1):
         shard = f"model-{number:05}-of-{hp.n_layers + 1:05}.safetensors"
         tensors = [(name, shape, role) for at, name, shape, role in tensors_of(hp) if at == layer]
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape, _ in tensors:
             begin, end = end, end + 2 * math.prod(shape)
@@ -102,7 +102,7 @@ def write_weights(folder: Path, hp: Hyperparameters, seed: int) -> int:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, shape, role in tensors:
                 file.write(_weights(math.prod(shape), role, pool, random).data)
-        weight_map |= dict.fromkeys(header, shard)
+        weight_map |= {name: shard for name, _, _ in tensors}
         total += end
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -21,7 +21,7 @@ from dataclasses import replace
 from benchmarks.quality import reference_subject
 from benchmarks.support import arguments
 from benchmarks.support.quality.bars import at_most, ratio_of
-from benchmarks.support.quality.choices import calibration_of, calibration_windows
+from benchmarks.support.quality.choices import SAME_ENDS, calibration_of, calibration_windows
 from benchmarks.support.quality.fidelity import Amount, Bench, Subject, prepared
 from benchmarks.support.quality.figures import FidelityRow, now_and_commit
 from benchmarks.support.quality.variants import Variant
@@ -30,10 +30,7 @@ from benchmarks.support.runner import Bar, Row
 from benchmarks.support.tables import report
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import read_text
-from dsmoe_local.model.ggml import GgmlType
 from dsmoe_quantize.calibrated.calibration import Rounding
-from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.types import resolve
 
 TYPES = ("IQ4_NL", "q4-fast", "q4", "Q3_K_M")
 ROUNDINGS = (Rounding.GPTQ, Rounding.LEARNED)
@@ -48,7 +45,6 @@ BARS: Mapping[tuple[str, Rounding], Bar] = {
     ("Q3_K_M", Rounding.LEARNED): at_most(0.45),
 }
 """Ratios of the KL divergence to that of the file made with an importance matrix."""
-_SAME = Overrides(output=GgmlType.Q8_0, embedding=GgmlType.Q8_0)
 
 
 def measure(
@@ -57,7 +53,7 @@ def measure(
     """Measure each type with each way of rounding."""
     windows = calibration_windows(bench, subject)
     for word in types:
-        plan = bench.plan_of(resolve(word), _SAME, imatrix=True)
+        plan = bench.plan(Variant(word, True), SAME_ENDS)
         base = bench.measure(plan, Variant(word, True), "")
         for rounding in roundings:
             for seed in range(n_seeds):

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.support import arguments
@@ -88,7 +89,7 @@ def main() -> None:
     """Measure and print."""
     given = arguments.parse(
         __doc__,
-        model=str,
+        model=Path,
         shape="deepseekmoe-16b",
         layers=4,
         types=("q4",),
@@ -116,7 +117,7 @@ def main() -> None:
     base = f"{given.types[0]} {given.base}"
     with busy(given.busy):
         rounds = in_turn(wanted, given.rounds, base, n_warm_up=0)
-    title = given.model or f"{shape.name}, {given.layers} layers"
+    title = given.model.name if given.model else f"{shape.name}, {given.layers} layers"
     record = {"model": title, "cores": physical_cores(), "busy": given.busy, "rounds": given.rounds}
     report(
         f"{title}, {physical_cores()} cores, {given.busy} busy processes", compare_all(rounds, base), record

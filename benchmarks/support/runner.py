@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Row:
 
     measure: str
     ours: float
-    contender: str
+    against: str
     theirs: float
     result: float
     unit: str = "tokens/s"
@@ -87,9 +87,9 @@ class Row:
         ratio = f"x {self.result:.3f}" + (" (no difference)" if self.is_none else "")
         return (
             self.measure,
-            f"{self.ours:,.1f}" if self.ours >= 10 else f"{self.ours:.3f}",
-            self.contender,
-            f"{self.theirs:,.1f}" if self.theirs >= 10 else f"{self.theirs:.3f}",
+            _rounded(self.ours),
+            self.against,
+            _rounded(self.theirs),
             self.unit,
             f"{self.result:+.1f}" if self.is_difference else ratio,
             f"{self.control:.2f}" if self.control > 1 else "",
@@ -100,20 +100,12 @@ class Row:
 
     def as_json(self) -> dict[str, object]:
         """Return the row for `json.dumps`."""
-        return {
-            "measure": self.measure,
-            "ours": round(self.ours, 4),
-            "against": self.contender,
-            "theirs": round(self.theirs, 4),
-            "unit": self.unit,
-            "difference" if self.is_difference else "ratio": round(self.result, 4),
-            "bar": str(self.bar) if self.bar is not None else None,
-            "passed": self.passed,
-            "uncertain": self.is_uncertain,
-            "spread": self.spread and [round(end, 4) for end in self.spread],
-            "control": round(self.control, 4),
-            "note": self.note,
-        }
+        bar = None if self.bar is None else str(self.bar)
+        return {**asdict(self), "bar": bar, "passed": self.passed, "uncertain": self.is_uncertain}
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def figure(value: object) -> str:

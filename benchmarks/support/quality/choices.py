@@ -22,13 +22,14 @@ from dsmoe_quantize.budget.cost_model import Budget
 from dsmoe_quantize.budget.target import Request, solve_target
 from dsmoe_quantize.calibrated.calibration import Calibration, Rounding
 from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
 
 FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
 """Bits per weight that the solver is given."""
 TARGETS = (0.9, 1.0, 1.1, 1.4)
 """File sizes that the solver is given, as shares of the base's file."""
+
+SAME_ENDS = Overrides(output=GgmlType.Q8_0, embedding=GgmlType.Q8_0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,16 @@ def measure_types(bench: Bench, wanted: Iterable[Variant] = VARIANTS) -> list[Fi
 
 
 def measure_alike(bench: Bench) -> list[FidelityRow]:
-    """Measure types with embedding and output in Q8_0: in a small model both are a larger share than in a
-    large one, and would decide which type is better.
+    """Measure types with embedding and output in Q8_0.
+
+    They are a larger share of a small model than of a large one, and would decide which type is better.
     """
-    overrides = Overrides(output=GgmlType.Q8_0, embedding=GgmlType.Q8_0)
     rows = []
     for imatrix in (False, True):
         for word in ALIKE:
-            plan = bench.plan_of(resolve(word), overrides, imatrix=imatrix)
-            rows.append(bench.measure(plan, Variant(word, imatrix), types_digest(plan.choices)))
+            variant = Variant(word, imatrix)
+            plan = bench.plan(variant, SAME_ENDS)
+            rows.append(bench.measure(plan, variant, types_digest(plan.choices)))
     return rows
 
 

@@ -31,7 +31,7 @@ from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.calibrated.calibration import Calibration
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.types import TypeChoice, resolve
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan, plan_quantization, quantize_file
 from dsmoe_quantize.write import kernels
 
@@ -72,13 +72,10 @@ class Bench:
     imatrix: Imatrix | None
     amount: Amount
 
-    def plan(self, variant: Variant) -> Plan:
+    def plan(self, variant: Variant, overrides: Overrides | None = None) -> Plan:
         """Return the plan for the model in a type."""
-        return self.plan_of(resolve(variant.word), imatrix=variant.imatrix)
-
-    def plan_of(self, choice: TypeChoice, overrides: Overrides | None = None, *, imatrix: bool) -> Plan:
-        """Return the plan for the model in a type that may have no name."""
-        return plan_quantization(self.source, choice, overrides, imatrix=self.matrix_if(imatrix))
+        imatrix = self.matrix_if(variant.imatrix)
+        return plan_quantization(self.source, resolve(variant.word), overrides, imatrix=imatrix)
 
     def matrix_if(self, wanted: bool) -> Imatrix | None:
         """Return the importance matrix if `wanted`, else None."""
