@@ -14,8 +14,7 @@ and random weights.
 docs/quality.json holds the figures of all parts. A part replaces its own figures there as soon as it is
 measured. The tables of the document, the summaries and the chart are then made from them.
 
-Prints the tables, the bars that were missed, and one JSON line. Exit status 1 if the parts do not belong
-together.
+Prints the tables and one JSON line. Exit status 1 if the parts do not belong together.
 """
 
 from __future__ import annotations
@@ -179,27 +178,16 @@ def save(figures: Figures) -> None:
 
 
 def report(figures: Figures) -> None:
-    """Print the tables, what was missed, and a line of JSON."""
+    """Print the tables and a line of JSON."""
     for name, table in all_tables(figures).items():
         print(f"{name}\n\n{table}\n")
-    found = verdicts(figures)
-    for verdict in found:
-        if not verdict.holds:
-            with_imatrix = "with" if verdict.imatrix else "without"
-            uncertain = ", uncertain" if verdict.is_uncertain else ""
-            print(
-                f"MISSED: {verdict.recipe} {with_imatrix} imatrix, {verdict.measure} against"
-                f" {verdict.against}: {verdict.ratio:.3f}, bar {verdict.bar}{uncertain}"
-            )
-    targets = targets_hold(figures.reference)
-    for share, holds in targets:
-        if not holds:
-            print(f"MISSED: a target of a size is used to {share:.2%}")
-    told = {
-        "bars": [verdict.as_json() for verdict in found],
-        "targets": [{"used": round(share, 5), "holds": holds} for share, holds in targets],
+    found = {
+        "bars": [verdict.as_json() for verdict in verdicts(figures)],
+        "targets": [
+            {"used": round(share, 5), "holds": holds} for share, holds in targets_hold(figures.reference)
+        ],
     }
-    print(json.dumps(told))
+    print(json.dumps(found))
 
 
 def main() -> int:

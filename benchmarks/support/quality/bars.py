@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.support.quality.figures import Figures, Part, Reference, SpeedRow
 from benchmarks.support.quality.variants import BASE, Variant
-from benchmarks.support.runner import Bar, is_difference, off_by
+from benchmarks.support.runner import Bar, Row, off_by
 
 _DRAWS, _SEED = 10_000, 0
 _INTERVAL = (0.025, 0.975)
@@ -68,51 +67,21 @@ _SIZES: Mapping[str, tuple[str, str]] = {
 """The part that has the size, and its field."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A ratio and its bar. `interval` is None for exact figures such as sizes. `control` is the factor by
-    which the method is off.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict(Row):
+    """A comparison of a recipe with another type, both made with an importance matrix or without."""
 
     recipe: str
     imatrix: bool
-    measure: str
-    against: str
-    ratio: float
-    bar: Bar
-    interval: tuple[float, float] | None = None
-    control: float = 1.0
-
-    @property
-    def is_difference(self) -> bool:
-        """True if the ratio is further from 1 than that of two files with the same types."""
-        return is_difference(self.ratio, self.control)
-
-    @property
-    def holds(self) -> bool:
-        """True if the bar is met."""
-        return self.bar.holds(self.ratio)
-
-    @property
-    def is_uncertain(self) -> bool:
-        """True if part of the interval meets the bar and part of it misses it."""
-        return len({self.bar.holds(end) for end in self.interval or ()}) == 2
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for `json.dumps`."""
-        return {
-            **asdict(self),
-            "bar": str(self.bar),
-            "holds": self.holds,
-            "uncertain": self.is_uncertain,
-            "difference": self.is_difference,
-        }
 
 
 def control_of(part: Part[SpeedRow], measure: str) -> float:
     """Return the factor by which speeds are off: the base's worst round against itself, both repacked."""
-    control = next(row for row in part.rows if row.type == BASE and row.kernels != AUTO)
-    return off_by(speed_ratios(control, measure))
+    return off_by(speed_ratios(_control(part), measure))
+
+
+def _control(part: Part[SpeedRow]) -> SpeedRow:
+    return next(row for row in part.rows if row.type == BASE and row.kernels != AUTO)
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -138,22 +107,34 @@ def verdict_on(
     figures: Figures, recipe: str, measure: str, against: str, bar: Bar, *, imatrix: bool
 ) -> Verdict:
     """Compare a recipe with another type in one measure."""
-    ours, theirs = Variant(recipe, imatrix), Variant(against, imatrix)
-    compared = recipe, imatrix, measure, against
+    variants = Variant(recipe, imatrix), Variant(against, imatrix)
+    spread, control = None, 1.0
     if measure in (PROMPT, DECODE):
-        timed = {(row.type, row.kernels): row for row in figures.speed.rows}
-        ratios, control = speed_ratios(timed[recipe, AUTO], measure), control_of(figures.speed, measure)
-        interval = min(ratios) / control, max(ratios) * control
-        return Verdict(*compared, statistics.median(ratios), bar, interval, control=control)
-    if measure in _SIZES:
-        name, attribute = _SIZES[measure]
-        part = getattr(figures, name)
-        mine, other = part.row(ours), part.row(theirs)
-        ratio = getattr(mine, attribute) / getattr(other, attribute)
-        return Verdict(*compared, ratio, bar)
-    mine, other = figures.reference.alike_row(ours), figures.reference.alike_row(theirs)
-    ratio, interval = ratio_of(mine.windows, other.windows)
-    return Verdict(*compared, ratio, bar, interval)
+        speed = figures.speed
+        row = next(row for row in speed.rows if (row.type, row.kernels) == (recipe, AUTO))
+        ours, theirs = (statistics.median(getattr(each, measure)) for each in (row, _control(speed)))
+        ratios, control = speed_ratios(row, measure), control_of(speed, measure)
+        result, spread = statistics.median(ratios), (min(ratios) / control, max(ratios) * control)
+    elif measure in _SIZES:
+        part, field = _SIZES[measure]
+        ours, theirs = (getattr(getattr(figures, part).row(each), field) for each in variants)
+        result = ours / theirs
+    else:
+        mine, other = (figures.reference.alike_row(each) for each in variants)
+        ours, theirs = mine.kl, other.kl
+        result, spread = ratio_of(mine.windows, other.windows)
+    return Verdict(
+        measure,
+        ours,
+        against,
+        theirs,
+        result,
+        bar=bar,
+        spread=spread,
+        control=control,
+        recipe=recipe,
+        imatrix=imatrix,
+    )
 
 
 def speed_ratios(row: SpeedRow, measure: str) -> Sequence[float]:

@@ -63,7 +63,7 @@ def summary_table(figures: Figures) -> str:
             verdict_on(figures, word, measure, BASE, Bar(0), imatrix=False)
             for measure in (SIZE, BYTES, PROMPT, DECODE)
         ]
-        cells = [f"{each.ratio:.2f} x" if each.is_difference else _NO_DIFFERENCE for each in found]
+        cells = [_NO_DIFFERENCE if each.is_none else f"{each.result:.2f} x" for each in found]
         base, ours = (figures.reference.alike_row(Variant(each, False)) for each in (BASE, word))
         cells.append(f"{ratio_of(ours.windows, base.windows)[0]:.2f} x")
         rows.append([named(word), *cells])
@@ -108,8 +108,8 @@ def bars_table(figures: Figures) -> str:
         _IMATRIX,
         ("what", "l", lambda each: each.measure),
         ("against", "l", lambda each: each.against),
-        ("ratio", "r", lambda each: f"{each.ratio:.3f}"),
-        ("interval", "l", lambda each: "{:.3f} – {:.3f}".format(*each.interval) if each.interval else ""),
+        ("ratio", "r", lambda each: f"{each.result:.3f}"),
+        ("interval", "l", lambda each: "{:.3f} – {:.3f}".format(*each.spread) if each.spread else ""),
         ("bar", "l", lambda each: str(each.bar)),
         ("", "l", _judged),
     )
@@ -117,10 +117,10 @@ def bars_table(figures: Figures) -> str:
 
 
 def _judged(verdict: Verdict) -> str:
-    words = [_HOLDS[verdict.holds]]
+    words = [_HOLDS[bool(verdict.passed)]]
     if verdict.is_uncertain:
         words.append("uncertain")
-    if verdict.control > 1 and not verdict.is_difference:
+    if verdict.is_none:
         words.append(_NO_DIFFERENCE)
     return ", ".join(words)
 
