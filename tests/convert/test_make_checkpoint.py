@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,31 +12,19 @@ from support import llama_oracle
 from support.checkpoints import TINY
 from tokenizers import Tokenizer
 
+from benchmarks import make_checkpoint
 from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.presets import PRESETS, Preset
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
 HP = replace(TINY, n_vocab=102400)
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, with a tiny shape in place of the 16B model's."""
-    spec = importlib.util.spec_from_file_location("make_checkpoint_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "PRESETS", {module.PRESET: Preset(HP, 16)})
-    return module
-
-
-def test_made_checkpoints_convert(script: ModuleType, tmp_path: Path) -> None:
+def test_made_checkpoints_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in the wrong shard, or a tokenizer that is not recognised or splits otherwise in llama.cpp."""
+    monkeypatch.setattr(make_checkpoint, "PRESETS", {make_checkpoint.PRESET: Preset(HP, 16)})
     folder = tmp_path / "made"
-    script.make_checkpoint(folder, layers=3)
+    make_checkpoint.make_checkpoint(folder, layers=3)
     assert len(list(folder.glob("*.safetensors"))) == 1 + 3
     out = convert_folder(folder, tmp_path / "out.gguf", ConvertOptions("q8")).path
     file, hp = read_model(out)
@@ -52,15 +37,15 @@ def test_made_checkpoints_convert(script: ModuleType, tmp_path: Path) -> None:
             assert vocabulary.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-def test_made_weights_look_like_weights(script: ModuleType) -> None:
+def test_made_weights_look_like_weights() -> None:
     """Weights so regular that a quantizer is faster, or fails, on them."""
-    pool = (script.make_pool(0).astype(np.uint32) << 16).view(np.float32)
+    pool = make_checkpoint.to_f32(make_checkpoint.make_pool(0))
     assert abs(float(pool.mean())) < 1e-4
-    assert float(pool.std()) == pytest.approx(script.DEVIATION, rel=1e-2)
+    assert float(pool.std()) == pytest.approx(make_checkpoint.DEVIATION, rel=1e-2)
     assert len(np.unique(pool[:1000])) > 500
 
 
-def test_the_shape_is_the_published_one(script: ModuleType) -> None:
+def test_the_shape_is_the_published_one() -> None:
     """A benchmark of another model: it has 16.4 billion weights."""
-    shapes = [shape for _, _, shape, _ in script.tensors_of(PRESETS[script.PRESET].hp)]
-    assert sum(map(math.prod, shapes)) == 16_375_728_128
+    tensors = make_checkpoint.tensors_of(PRESETS[make_checkpoint.PRESET].hp)
+    assert sum(math.prod(shape) for _, _, shape, _ in tensors) == 16_375_728_128

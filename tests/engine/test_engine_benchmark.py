@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from support.models import tiny_model
 
+from benchmarks.support import arguments
 from benchmarks.support.clients import throughput
 from benchmarks.support.ours import Reply, steady_rate
-from benchmarks.support.runner import Bar, compare, in_turn
+from benchmarks.support.runner import Bar, compare, compare_all, in_turn
 from benchmarks.support.tools import Server, llama_server
 from benchmarks.support.workloads import Corpus, Workload, batch_of, completion
 
@@ -90,6 +91,46 @@ def test_the_control_bounds_what_is_claimed() -> None:
     assert (row.passed, row.is_uncertain, row.is_none) == (True, True, True)
     row = compare("x", {"a": [12, 12], "b": [10, 10], "b, again": [9, 10]}, "a", "b", bar=Bar(1.0))
     assert (row.passed, row.is_uncertain, row.is_none) == (True, False, False)
+
+
+def test_all_is_compared_with_the_base() -> None:
+    """Guards: a contender that is compared with another one, or with the base of another round."""
+    contenders = {
+        "a": lambda at: {"pp, t/s": 2.0 * at, "load, s": 1.0},
+        "b": lambda at: {"pp, t/s": 1.0 * at, "load, s": 4.0},
+    }
+    rows = compare_all(in_turn(contenders, 3, "b"), "b")
+    assert [(row.measure, row.against, row.unit, row.ours, row.result) for row in rows] == [
+        ("pp, a", "b", "t/s", 4.0, 2.0),
+        ("load, a", "b", "s", 1.0, 0.25),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "FILE",
+            {
+                "file": Path("FILE"),
+                "rounds": 3,
+                "only": ("a", "b"),
+                "depths": (0,),
+                "quick": False,
+                "other": None,
+            },
+        ),
+        ("--rounds 5 --quick", {"file": None, "rounds": 5, "quick": True}),
+        ("--only b --depths 1,2 --other x", {"only": ("b",), "depths": (1, 2), "other": Path("x")}),
+    ],
+)
+def test_options_have_the_types_of_their_defaults(
+    words: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: numbers that stay words, a default that is not used."""
+    monkeypatch.setattr(sys, "argv", ["script", *words.split()])
+    given = arguments.parse("", "file?", rounds=3, only=("a", "b"), depths=(0,), quick=False, other=Path)
+    assert {**vars(given), **expected} == vars(given)
 
 
 def test_no_prompt_is_handed_out_twice() -> None:
