@@ -92,6 +92,10 @@ def _interval(ours: Sequence[float], theirs: Sequence[float]) -> str:
 _TYPE: Column = ("type", "l", lambda row: named(row.type))
 _IMATRIX: Column = ("imatrix", "l", lambda row: _WORDS[row.imatrix])
 _MB_PER_TOKEN: Column = ("MB per token", "r", lambda row: f"{row.n_bytes_per_token / 1e6:.2f}")
+_BITS: Column = ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}")
+_PERPLEXITY: Column = ("perplexity", "r", lambda row: f"{row.perplexity:.3f}")
+_SAME_TOP: Column = ("same top", "r", lambda row: f"{row.same_top:.2%}")
+_SAME_EXPERTS: Column = ("same experts", "r", lambda row: f"{row.same_experts:.2%}")
 _KL: Column = ("KL, 1e-3", "r", lambda row: f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}")
 
 
@@ -131,14 +135,14 @@ def fidelity_table(part: Part[FidelityRow]) -> str:
         _TYPE,
         _IMATRIX,
         ("size, MB", "r", lambda row: f"{row.file_size / 1e6:.2f}"),
-        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        _BITS,
         _MB_PER_TOKEN,
-        ("perplexity", "r", lambda row: f"{row.perplexity:.3f}"),
+        _PERPLEXITY,
         _KL,
         ("99%, 1e-3", "r", lambda row: f"{1e3 * row.kl_99:.1f}"),
         _against_base(part),
-        ("same top", "r", lambda row: f"{row.same_top:.2%}"),
-        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
+        _SAME_TOP,
+        _SAME_EXPERTS,
         ("overlap", "r", lambda row: f"{row.overlap:.2%}"),
     )
     return markdown_of(columns, part.rows)
@@ -176,7 +180,7 @@ def alike_table(part: Reference) -> str:
         ("KL, 1e-3", "r", lambda row: f"{1e3 * row.kl:.3f}"),
         (f"against {BASE}", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)),
         ("95%", "l", lambda row: _interval(row.windows, bases[row.imatrix].windows)),
-        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
+        _SAME_EXPERTS,
     )
     return markdown_of(columns, part.alike)
 
@@ -189,13 +193,13 @@ def calibrated_table(figures: Figures) -> str:
 
     columns: Sequence[Column] = (
         _TYPE,
-        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        _BITS,
         _KL,
         ("against imatrix", "r", lambda row: _divergences(row.windows, base(row).windows)),
         ("95%", "l", lambda row: _interval(row.windows, base(row).windows)),
-        ("perplexity", "r", lambda row: f"{row.perplexity:.3f}"),
-        ("same top", "r", lambda row: f"{row.same_top:.2%}"),
-        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
+        _PERPLEXITY,
+        _SAME_TOP,
+        _SAME_EXPERTS,
     )
     return markdown_of(columns, figures.calibrated.rows)
 
@@ -215,7 +219,7 @@ def sizes_table(part: Part[SizeRow]) -> str:
     columns: Sequence[Column] = (
         ("type", "l", lambda row: named(row.type) + (", imatrix" if row.imatrix else "")),
         ("size, GB", "r", lambda row: f"{row.n_bytes / 1e9:.3f}"),
-        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        _BITS,
         (f"against {BASE}", "r", lambda row: _ratio(row.n_bytes, base.n_bytes)),
         ("GB per token", "r", lambda row: f"{row.n_bytes_per_token / 1e9:.3f}"),
         (f"against {BASE}", "r", lambda row: _ratio(row.n_bytes_per_token, base.n_bytes_per_token)),
