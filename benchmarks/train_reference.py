@@ -1,14 +1,13 @@
-"""Train a small real DeepSeekMoE from scratch, to measure quantization with weights that mean something.
+"""Train a small real DeepSeekMoE from scratch, to measure quantization with.
 
     python -m benchmarks.train_reference                  1,200 steps (half an hour), into the cache
     python -m benchmarks.train_reference --steps 2400     longer
     python -m benchmarks.train_reference --architecture deepseek2    with the attention of DeepSeek-V2
-    python -m benchmarks.train_reference --output FOLDER  elsewhere, anew
 
-256 wide, 6 layers, 16 routed experts of 128 and 2 shared ones, 4 chosen by each token: in proportion like
-16B, whose routed down projections also have a width that 256 does not divide. It learns Python's help topics
-and standard library; `held-out.txt` beside the checkpoint has topics and docstrings that it never saw. The
-seed fixes the order of the data, not the bits of the result.
+It has a width of 256, 6 layers, 16 routed experts of width 128, of which each token chooses 4, and 2 shared
+ones. As in the 16B, 256 does not divide the width of the routed down projections. It learns Python's help
+topics and standard library. `held-out.txt` beside the checkpoint has topics and docstrings that it never saw.
+The seed fixes the order of the data, not the bits of the result. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import Progress
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.trainers import BpeTrainer
@@ -142,22 +140,18 @@ def train(model: ReferenceModel, ids: Ids, n_steps: int, seed: int) -> float:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.95), fused=True)
     losses: list[float] = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=n_steps)
-        for batch in islice(batches(ids, seed), n_steps):
-            share = len(losses) / n_steps
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(share)
-            loss = loss_of(model, batch)
-            torch.autograd.backward(loss + _BALANCE * model.balance())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            recent = float(np.mean(losses[-50:]))
-            progress.update(task, advance=1, description=f"step {len(losses)}: loss {recent:.3f}")
-            if len(losses) % 200 == 0 and not progress.console.is_terminal:
-                say(f"{share:.0%} step {len(losses)}: loss {recent:.3f}")
+    for batch in islice(batches(ids, seed), n_steps):
+        share = len(losses) / n_steps
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(share)
+        loss = loss_of(model, batch)
+        torch.autograd.backward(loss + _BALANCE * model.balance())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if len(losses) % 50 == 0:
+            say(f"  {share:.0%}, step {len(losses)}: loss {np.mean(losses[-50:]):.3f}")
     return float(np.mean(losses[-50:]))
 
 
@@ -212,9 +206,9 @@ def make_reference(folder: Path, n_steps: int, seed: int, hp: Hyperparameters = 
 
 def main() -> None:
     """Train a model if it is not there. Print where it is, and how the training went."""
-    given = arguments.parse(__doc__, steps=STEPS, seed=0, architecture=HP.architecture, output=Path)
-    folder = given.output or reference_folder(given.steps, given.seed, given.architecture)
-    if given.output is None and (folder / TRAINING).is_file():
+    given = arguments.parse(__doc__, steps=STEPS, seed=0, architecture=HP.architecture)
+    folder = reference_folder(given.steps, given.seed, given.architecture)
+    if (folder / TRAINING).is_file():
         say(f"{folder} is there already")
     else:
         make_reference(folder, given.steps, given.seed, SHAPES[given.architecture])

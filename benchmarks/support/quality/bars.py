@@ -108,7 +108,8 @@ def verdict_on(
 ) -> Verdict:
     """Compare a recipe with another type in one measure."""
     variants = Variant(recipe, imatrix), Variant(against, imatrix)
-    spread, control = None, 1.0
+    spread: tuple[float, float] | None = None
+    control = 1.0
     if measure in (PROMPT, DECODE):
         speed = figures.speed
         row = next(row for row in speed.rows if (row.type, row.kernels) == (recipe, AUTO))
