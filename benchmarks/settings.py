@@ -103,7 +103,11 @@ def main() -> None:
         quick=False,
     )
     shape = shape_of(given.shape, quick=given.quick)
-    files = {word: given.model or model_file(shape, given.layers, word) for word in given.types}
+    if given.model:
+        title, files = given.model.name, {given.model.stem: given.model}
+    else:
+        title = f"{shape.name}, {given.layers} layers"
+        files = {word: model_file(shape, given.layers, word) for word in given.types}
     workloads = (
         *(Workload(count, 0) for count in given.prompts),
         *(Workload(0, given.n_gen, depth) for depth in given.depths),
@@ -114,10 +118,9 @@ def main() -> None:
         for name, changes in contenders().items()
         if given.only in name or name == given.base
     }
-    base = f"{given.types[0]} {given.base}"
+    base = f"{next(iter(files))} {given.base}"
     with busy(given.busy):
         rounds = in_turn(wanted, given.rounds, base, n_warm_up=0)
-    title = given.model.name if given.model else f"{shape.name}, {given.layers} layers"
     record = {"model": title, "cores": physical_cores(), "busy": given.busy, "rounds": given.rounds}
     report(
         f"{title}, {physical_cores()} cores, {given.busy} busy processes", compare_all(rounds, base), record
