@@ -8,7 +8,7 @@ weights are random.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,11 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
     hp = with_layers(shape.hp, timing.layers)
     rows = []
     for name, (word, how) in cases.items():
-        prompt, decode = ([round(pair[at].ours, 3) for pair in rounds[name]] for at in range(2))
+        rates = ([round(pair[at].ours, 3) for pair in rounds[name]] for at in range(2))
+        ratios = ([round(pair[at].result, 4) for pair in rounds[name]] for at in range(2))
         n_read = size_of(hp, word).n_bytes_per_token
         digest = Variant(word, False).digest
-        ratios = ratios_of(rounds[name])
-        rows.append(SpeedRow(word, False, digest, n_read, prompt, decode, *ratios, str(how)))
+        rows.append(SpeedRow(word, False, digest, n_read, *rates, *ratios, str(how)))
     return rows
 
 
@@ -93,24 +93,19 @@ def _told(pair: Pair) -> str:
     return ", ".join(f"{row.measure} {row.ours:.2f} ({row.result:.3f} x {BASE})" for row in pair)
 
 
-def ratios_of(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Return the ratios to the base's speed in each round, of prompts and of decoding."""
-    prompt, decode = ([round(pair[at].result, 4) for pair in pairs] for at in range(2))
-    return prompt, decode
-
-
 def time_pair(path: Path, how: Kernels, base: Path, timing: Timing, *, base_first: bool = False) -> Pair:
-    """Load a model, and the base repacked; time them in turn, and close them. `base_first` changes which is
-    loaded first, since memory that is taken first may be faster.
+    """Load a model, and the base repacked; time them in turn, and close them.
+
+    `base_first` changes which is loaded first, since memory that is taken first may be faster.
     """
     prompt, reply = workloads_of([timing.n_prompt], [timing.n_gen])
+    sides = [("base", base, Kernels.REPACK), ("model", path, how)]
+    timers = {}
     with ExitStack() as stack:
-        timers = {
-            name: Timer(stack.enter_context(EngineClient.load(_options(each, form, (prompt, reply), timing))))
-            for name, each, form in (
-                (("base", base, Kernels.REPACK), ("model", path, how))[:: 1 if base_first else -1]
-            )
-        }
+        for name, each, form in sides if base_first else reversed(sides):
+            options = ModelOptions(each, n_threads=timing.threads, kernels=form.value)
+            engine = stack.enter_context(EngineClient.load(options_for(options, (prompt, reply))))
+            timers[name] = Timer(engine)
         return (
             _compared(timers, prompt, timing.turns),
             _compared(timers, reply, timing.turns * REPLY_TURNS),
@@ -125,8 +120,3 @@ def _compared(timers: Mapping[str, Timer], workload: Workload, turns: int) -> Ro
 
     rates = in_turn({name: partial(rate, name) for name in ("base", "model")}, turns, told=None)
     return compare(workload.label, rates, "model", "base")
-
-
-def _options(path: Path, how: Kernels, workloads: Sequence[Workload], timing: Timing) -> ModelOptions:
-    options = ModelOptions(path, n_threads=timing.threads, kernels=how.value)
-    return options_for(options, workloads)
