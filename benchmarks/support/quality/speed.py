@@ -85,7 +85,7 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
         ratios = ([round(pair[at].result, 4) for pair in rounds[name]] for at in range(2))
         n_read = size_of(hp, word).n_bytes_per_token
         digest = Variant(word, False).digest
-        rows.append(SpeedRow(word, False, digest, n_read, *rates, *ratios, str(how)))
+        rows.append(SpeedRow(word, False, digest, n_read, *rates, *ratios, kernels=str(how)))
     return rows
 
 
