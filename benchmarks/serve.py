@@ -41,6 +41,12 @@ from dsmoe_local.engine.types import Message, ModelOptions
 
 OURS, BATCH = "dsmoe serve", "dsmoe-batch"
 LLAMA = "llama-server -no-kvu"  # its faster cache mode, see docs/performance.md; ours is the same here
+LEAKS = {
+    "file descriptors": Bar(0, at_most=True),
+    "memory of the server": Bar(10, at_most=True),
+    "memory of the engine": Bar(20, at_most=True),
+}
+"""The most that the server may hold after a load beyond what it held before."""
 _SETTLE_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 _MEGABYTE = 1e6
@@ -89,25 +95,20 @@ class Bench:
         return ("-m", str(self.path), *map(str, sizes))
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What the server and its engine hold while no request runs."""
-
-    descriptors: int
-    threads: int
-    server_bytes: int
-    engine_bytes: int
-
-    @classmethod
-    def of(cls, server: Server) -> Sample:
-        """Read /proc."""
-        tasks = Path(f"/proc/{server.pid}/task").glob("*/children")
-        (engine,) = itertools.chain.from_iterable(task.read_text().split() for task in tasks)
-        folders = [Path(f"/proc/{pid}") for pid in (server.pid, engine)]
-        descriptors, threads = (
-            sum(len(list((folder / what).iterdir())) for folder in folders) for what in ("fd", "task")
-        )
-        return cls(descriptors, threads, resident_memory(server.pid), resident_memory(int(engine)))
+def held_by(server: Server) -> dict[str, float]:
+    """Return what the server and its engine hold while no request runs, from /proc. Memory is in MB."""
+    tasks = Path(f"/proc/{server.pid}/task").glob("*/children")
+    (engine,) = itertools.chain.from_iterable(task.read_text().split() for task in tasks)
+    folders = [Path(f"/proc/{pid}") for pid in (server.pid, engine)]
+    descriptors, threads = (
+        sum(len(list((folder / what).iterdir())) for folder in folders) for what in ("fd", "task")
+    )
+    return {
+        "file descriptors": descriptors,
+        "threads": threads,
+        "memory of the server": resident_memory(server.pid) / _MEGABYTE,
+        "memory of the engine": resident_memory(int(engine)) / _MEGABYTE,
+    }
 
 
 def under_load(bench: Bench) -> list[Row]:
@@ -116,23 +117,31 @@ def under_load(bench: Bench) -> list[Row]:
         n_context = _idle(server)["n_context"]
         warm_up = run_load(server.port, bench.n_clients, bench.seconds / 6, seed=1, n_context=n_context)
         _idle(server)
-        before = Sample.of(server)
+        before = held_by(server)
         load = run_load(server.port, bench.n_clients, bench.seconds, seed=2, n_context=n_context)
         idle_seconds = _idle(server)["seconds"]
-        after = Sample.of(server)
+        after = held_by(server)
         gives_up = time.perf_counter() + _CLOSE_SECONDS
-        while after.descriptors > before.descriptors and time.perf_counter() < gives_up:
-            after = Sample.of(server)  # the last connections are being closed
+        while after["file descriptors"] > before["file descriptors"] and time.perf_counter() < gives_up:
+            after = held_by(server)  # the last connections are being closed
         _show_load(load, idle_seconds)
         if warm_up.wrong or load.wrong or "Traceback" in server.log():
             raise SystemExit("\n".join([*warm_up.wrong[:5], *load.wrong[:20], server.log()[-2000:]]))
     total = f"{sum(load.kinds.values()):,} requests in {load.seconds:.0f} s, none with a wrong answer"
-    return [
-        _growth("file descriptors", after.descriptors, before.descriptors, "", Bar(0, at_most=True), total),
-        _growth("threads", after.threads, before.threads, ""),
-        _growth("memory of the server", after.server_bytes, before.server_bytes, "MB", Bar(10, at_most=True)),
-        _growth("memory of the engine", after.engine_bytes, before.engine_bytes, "MB", Bar(20, at_most=True)),
+    rows = [
+        Row(
+            f"{what}, after",
+            now,
+            "before",
+            before[what],
+            now - before[what],
+            "MB" if "memory" in what else "",
+            LEAKS.get(what),
+            is_difference=True,
+        )
+        for what, now in after.items()
     ]
+    return [replace(rows[0], note=total), *rows[1:]]
 
 
 def _idle(server: Server) -> dict[str, Any]:
@@ -158,12 +167,6 @@ def _show_load(load: Load, idle_seconds: float) -> None:
         say(f"  {number:6,} {kind}")
     say(f"  first token: median {load.percentile(50):.2f} s, 95 % within {load.percentile(95):.2f} s")
     say(f"  all slots free {idle_seconds:.2f} s after the last answer")
-
-
-def _growth(measure: str, after: int, before: int, unit: str, bar: Bar | None = None, note: str = "") -> Row:
-    one = _MEGABYTE if unit == "MB" else 1
-    now, then = after / one, before / one
-    return Row(f"{measure}, after", now, "before", then, now - then, unit, bar, note, is_difference=True)
 
 
 @dataclass(frozen=True, slots=True)
