@@ -21,6 +21,7 @@ _PATIENCE = 120.0  # seconds without a byte; the server counts as hanging then
 _HANG_UPS = ("before its body is sent", "before the reply", "during the reply")
 HANG_UP_SHARE, MALFORMED_SHARE, TOO_LONG_SHARE = 0.10, 0.05, 0.02
 _N_PREFIXES = 4
+_CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Mix:
             return self._random.choice(_MALFORMED)
         if point < HANG_UP_SHARE + MALFORMED_SHARE + TOO_LONG_SHARE:
             body = {"prompt": "word " * (self._n_context + self._random.randrange(5000))}
-            return Query("too long", "/v1/completions", json.dumps(body).encode(), 400)
+            return Query("too long", _COMPLETION, json.dumps(body).encode(), 400)
         return self._good()
 
     def _good(self) -> Query:
@@ -127,7 +128,7 @@ class Mix:
         messages = [{"role": "user", "content": text}]
         (kind,) = choose(list(_GOOD), weights=[weight for weight, *_ in _GOOD.values()])
         _, path, extra, end = _GOOD[kind]
-        if path == "/v1/completions":
+        if path == _COMPLETION:
             body["prompt"] = text
         elif path == "/v1/responses":
             body["input"] = messages
@@ -149,12 +150,12 @@ _SCHEMA = {
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA}}
 _DONE = b"data: [DONE]\n\n"
 _GOOD: dict[str, tuple[int, str, dict[str, Any], bytes]] = {
-    "chat, streamed": (4, "/v1/chat/completions", {"stream": True}, _DONE),
-    "chat, whole": (4, "/v1/chat/completions", {}, b""),
-    "completion, streamed": (3, "/v1/completions", {"stream": True, "temperature": 0}, _DONE),
-    "completion, log-probabilities": (1, "/v1/completions", {"logprobs": 3}, b""),
-    "chat, two choices": (1, "/v1/chat/completions", {"n": 2, "stream": True}, _DONE),
-    "chat, JSON schema": (1, "/v1/chat/completions", {"response_format": _FORMAT}, b""),
+    "chat, streamed": (4, _CHAT, {"stream": True}, _DONE),
+    "chat, whole": (4, _CHAT, {}, b""),
+    "completion, streamed": (3, _COMPLETION, {"stream": True, "temperature": 0}, _DONE),
+    "completion, log-probabilities": (1, _COMPLETION, {"logprobs": 3}, b""),
+    "chat, two choices": (1, _CHAT, {"n": 2, "stream": True}, _DONE),
+    "chat, JSON schema": (1, _CHAT, {"response_format": _FORMAT}, b""),
     "messages, streamed": (1, "/v1/messages", {"stream": True}, b'"type":"message_stop"}\n\n'),
     "responses, whole": (1, "/v1/responses", {}, b""),
 }
@@ -162,21 +163,17 @@ _GOOD: dict[str, tuple[int, str, dict[str, Any], bytes]] = {
 _MALFORMED = tuple(
     Query("malformed", path, body, status)
     for path, body, status in (
-        ("/v1/chat/completions", b'{"messages": [', 400),
-        ("/v1/chat/completions", b"", 400),
-        ("/v1/chat/completions", b"\xff\xfe\x00", 400),
-        ("/v1/chat/completions", b'{"messages": "hi"}', 400),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": 5}]}', 400),
-        (
-            "/v1/chat/completions",
-            b'{"messages": [{"role": "user", "content": "a"}], "temperature": "hot"}',
-            400,
-        ),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}', 400),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "model": "no"}', 404),
-        ("/v1/completions", b'{"prompt": [999999999]}', 400),
-        ("/v1/completions", b'{"prompt": {"a": 1}}', 400),
-        ("/v1/completions", b'{"prompt": "a", "logit_bias": {"x": 1}}', 400),
+        (_CHAT, b'{"messages": [', 400),
+        (_CHAT, b"", 400),
+        (_CHAT, b"\xff\xfe\x00", 400),
+        (_CHAT, b'{"messages": "hi"}', 400),
+        (_CHAT, b'{"messages": [{"role": "user", "content": 5}]}', 400),
+        (_CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": "hot"}', 400),
+        (_CHAT, b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}', 400),
+        (_CHAT, b'{"messages": [{"role": "user", "content": "a"}], "model": "no"}', 404),
+        (_COMPLETION, b'{"prompt": [999999999]}', 400),
+        (_COMPLETION, b'{"prompt": {"a": 1}}', 400),
+        (_COMPLETION, b'{"prompt": "a", "logit_bias": {"x": 1}}', 400),
         ("/v1/embeddings", b"{}", 404),
     )
 )
@@ -188,7 +185,6 @@ class Load:
 
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
-    n_tokens: int = 0
     first_seconds: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -247,7 +243,7 @@ def throughput(
 
     def ask(body: bytes) -> int:
         with closing(Connection(port)) as connection:
-            answer = connection.ask("/v1/completions", body)
+            answer = connection.ask(_COMPLETION, body)
         count = answer.n_tokens()
         if count not in (0, n_new):
             raise SystemExit(f"a reply has {count} tokens, {n_new} were asked for")
