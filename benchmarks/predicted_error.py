@@ -42,7 +42,7 @@ def compare(bench: Bench, costs: Costs) -> Iterator[Row]:
         variant = Variant(f"{bits:g} bpw", False)
         plans[variant.word] = solved(bench, Budget(bits_per_weight=bits), variant, costs)
     for word, plan in plans.items():
-        found = bench.measure(plan, Variant(word, False), "")
+        found = bench.measure(plan, Variant(word, False))
         predicted = model.figures(plan.choices).error
         note = f"{found.bits_per_weight:.2f} bits per weight, ± {1e3 * found.kl_error:.2f}"
         ratio = predicted / found.kl

@@ -54,11 +54,11 @@ def measure(
     windows = calibration_windows(bench, subject)
     for word in types:
         plan = bench.plan(Variant(word, True), SAME_ENDS)
-        base = bench.measure(plan, Variant(word, True), "")
+        base = bench.measure(plan, Variant(word, True))
         for rounding in roundings:
             for seed in range(n_seeds):
                 calibration = calibration_of(windows, subject, bench.amount.n_calibration, rounding, seed)
-                found = bench.measure(plan, Variant(f"{word}, {rounding}", False), "", calibration)
+                found = bench.measure(plan, Variant(f"{word}, {rounding}", False), calibration=calibration)
                 ratio, spread = ratio_of(found.windows, base.windows)
                 yield Row(
                     f"{word}, {rounding}, seed {seed}",

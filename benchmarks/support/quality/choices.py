@@ -126,13 +126,13 @@ def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> li
 
 
 def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list[TargetRow]:
-    """Measure the sizes of files that the solver made for a size."""
+    """Return the sizes of the files that the solver makes for sizes."""
     base = bench.plan(Variant(BASE, False)).file_size
     found = []
     for share in shares:
         budget = int(share * base)
         plan = solved(bench, Budget(size=budget), Variant(f"{share:g}", False), costs)
-        found.append(TargetRow(budget, bench.size_of(plan)))
+        found.append(TargetRow(budget, plan.file_size))
     return found
 
 

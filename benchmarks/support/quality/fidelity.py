@@ -83,10 +83,16 @@ class Bench:
         return self.imatrix if wanted else None
 
     def measure(
-        self, plan: Plan, variant: Variant, digest: str, calibration: Calibration | None = None
+        self, plan: Plan, variant: Variant, digest: str = "", calibration: Calibration | None = None
     ) -> FidelityRow:
         """Quantize the model, compare the file with it, and remove the file."""
-        path = self._write(plan, calibration)
+        path = self.folder / "quantized.gguf"
+        if calibration is None:
+            quantize_file(plan, path, threads=self.amount.threads)
+        else:
+            from dsmoe_quantize.calibrated.calibrator import quantize_calibrated  # needs torch
+
+            quantize_calibrated(plan, path, calibration, device="cpu", threads=self.amount.threads)
         try:
             with load(path, self.amount, *self.reference.observers(path)) as engine:
                 found = compare(engine, self.reference)
@@ -95,24 +101,6 @@ class Bench:
             path.unlink()
         say(f"  {variant}: {row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}")
         return row
-
-    def size_of(self, plan: Plan) -> int:
-        """Write the file, and return its size."""
-        path = self._write(plan)
-        try:
-            return path.stat().st_size
-        finally:
-            path.unlink()
-
-    def _write(self, plan: Plan, calibration: Calibration | None = None) -> Path:
-        path = self.folder / "quantized.gguf"
-        if calibration is None:
-            quantize_file(plan, path, threads=self.amount.threads)
-        else:
-            from dsmoe_quantize.calibrated.calibrator import quantize_calibrated  # needs torch
-
-            quantize_calibrated(plan, path, calibration, device="cpu", threads=self.amount.threads)
-        return path
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the figures, apart from the types."""
