@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -139,17 +138,6 @@ def in_turn(
             if number > WARM_UP:
                 results[name].append(result)
     return results
-
-
-def timed(work: Callable[[], object]) -> Callable[[int], float]:
-    """Return a contender that takes the wall time of `work`, in seconds."""
-
-    def seconds(_: int) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    return seconds
 
 
 def compare(

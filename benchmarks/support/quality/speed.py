@@ -7,7 +7,6 @@ weights are random.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from benchmarks.support.quality.variants import BASE, TIMED, Variant
 from benchmarks.support.random_models import model_file, shape_of, with_layers
 from benchmarks.support.runner import Row, compare, in_turn
 from benchmarks.support.sizes import size_of
+from benchmarks.support.tables import LOAD
 from dsmoe_local.engine.load.kernels import Kernels
 from dsmoe_local.engine.load.machine import cpu_name
 from dsmoe_local.engine.process.client import EngineClient
@@ -63,7 +63,7 @@ class Timing:
 
 def machine_facts() -> dict[str, Any]:
     """Return the processor, and the load before anything is timed."""
-    return {"cpu": cpu_name(), "load_before": round(os.getloadavg()[0], 2)}
+    return {"cpu": cpu_name(), "load_before": round(LOAD, 2)}
 
 
 def measure_speeds(timing: Timing) -> list[SpeedRow]:
