@@ -65,7 +65,8 @@ def window_losses(path: Path, windows: Windows, n_active: int | None = None) -> 
                 pass
             found = perplexity_of(engine.observe(LOGPROBS.name))
             totals.append(found.nll * found.n_scored)
-    return np.diff(totals) / (windows.shape[1] - 1)
+    losses: NDArray[np.float64] = np.diff(totals) / (windows.shape[1] - 1)
+    return losses
 
 
 def perplexity(losses: NDArray[np.float64]) -> tuple[float, float]:

@@ -81,11 +81,11 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
     hp = with_layers(shape.hp, timing.layers)
     rows = []
     for name, (word, how) in cases.items():
-        rates = ([round(pair[at].ours, 3) for pair in rounds[name]] for at in range(2))
-        ratios = ([round(pair[at].result, 4) for pair in rounds[name]] for at in range(2))
+        prompt, decode = ([round(pair[at].ours, 3) for pair in rounds[name]] for at in range(2))
+        ratios = [[round(pair[at].result, 4) for pair in rounds[name]] for at in range(2)]
         n_read = size_of(hp, word).n_bytes_per_token
         digest = Variant(word, False).digest
-        rows.append(SpeedRow(word, False, digest, n_read, *rates, *ratios, kernels=str(how)))
+        rows.append(SpeedRow(word, False, digest, n_read, prompt, decode, ratios[0], ratios[1], str(how)))
     return rows
 
 
