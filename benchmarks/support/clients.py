@@ -201,14 +201,15 @@ class Load:
         return statistics.quantiles(self.first_seconds, n=100)[percent - 1]
 
 
-def run_load(port: int, n_clients: int, seconds: float, seed: int, n_context: int) -> Load:
-    """Send requests of `n_clients` clients for some time, and wait for the last answers."""
+def run_load(port: int, n_clients: int, seconds: float, seed: int, n_context: int, n_least: int = 0) -> Load:
+    """Send requests of `n_clients` clients for some time, each at least `n_least`. Wait for the last answers."""
     load, lock = Load(), threading.Lock()
     began = time.perf_counter()
 
     def client(number: int) -> None:
-        mix, connection = Mix(n_context, 1000 * seed + number), Connection(port)
-        while time.perf_counter() - began < seconds:
+        mix, connection, n_sent = Mix(n_context, 1000 * seed + number), Connection(port), 0
+        while time.perf_counter() - began < seconds or n_sent < n_least:
+            n_sent += 1
             query = mix.next()
             try:
                 if query.hang_up:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,16 @@ _HOST = b"dsmoe_local.engine.process.host"
 def engine_processes() -> list[int]:
     """Return the engine processes of this process, also those that still load their model."""
     tasks = Path("/proc/self/task").glob("*/children")
-    found = itertools.chain.from_iterable(task.read_text().split() for task in tasks)
-    return [int(pid) for pid in found if _HOST in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = itertools.chain.from_iterable(_content(task).split() for task in tasks)
+    return [int(pid) for pid in found if _HOST in _content(Path(f"/proc/{int(pid)}/cmdline"))]
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a file in /proc. It is empty if its thread or process ends meanwhile."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def ask(server: Serving, number: int) -> str:
@@ -72,7 +81,8 @@ def test_kills_under_load(n_kills: int) -> None:
                         assert answered.acquire(timeout=60), "no request is answered any more"
                     while not (alive := engine_processes()):
                         pass  # the next one is being started
-                    os.kill(rng.choice(alive), signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # the one before may still have been there
+                        os.kill(rng.choice(alive), signal.SIGKILL)
             finally:
                 stop.set()
             for each in clients:

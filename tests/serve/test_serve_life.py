@@ -91,8 +91,13 @@ def test_a_crash_of_the_engine(stream: bool) -> None:
             os.kill(killed, signal.SIGKILL)
             first.set()
 
-        # A reply that goes on until the context is full.
-        body: dict[str, Any] = {"prompt": "a", "logit_bias": {}, "stream": stream, "context_shift": True}
+        # A reply without an end: the token 1, which is banned, would end it.
+        body: dict[str, Any] = {
+            "prompt": "a",
+            "logit_bias": {"1": -100},
+            "stream": stream,
+            "context_shift": True,
+        }
         start = engine.start
 
         def start_and_kill(request: Any, deliver: Any) -> Any:

@@ -8,8 +8,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from select import select
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -42,7 +43,7 @@ class WatchedEngine(FakeEngine):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
-    with serving(FakeEngine(n_parallel=4), max_body=1000, body_seconds=0.2) as server:
+    with serving(FakeEngine(n_parallel=4), max_body=1000) as server:
         yield server
 
 
@@ -59,6 +60,21 @@ def exchange(server: Serving, request: bytes) -> bytes:
         connection.sendall(request)
         with connection.makefile("rb") as file:
             return file.read()
+
+
+def exchange_in_no_time(server: Serving, request: bytes) -> bytes:
+    """Send bytes at once and return everything that comes back. If nothing comes, time limits run out."""
+    parts = []
+    with closing(server.connect()) as connection, suppress(ConnectionResetError):
+        connection.sendall(request)
+        while True:
+            if not select([connection], [], [], 0.05)[0]:
+                server.skip(30)
+            elif part := connection.recv(1 << 16):
+                parts.append(part)
+            else:
+                break
+    return b"".join(parts)
 
 
 def read_until_closed(connection: socket.socket) -> bytes:
@@ -86,7 +102,7 @@ def read_until_closed(connection: socket.socket) -> bytes:
 )
 def test_bodies(server: Serving, request_bytes: bytes, status: int, code: str) -> None:
     """Guards: a body that fills the memory, or that never ends; a form of a web page taken for JSON."""
-    head, _, body = exchange(server, request_bytes).partition(b"\r\n\r\n")
+    head, _, body = exchange_in_no_time(server, request_bytes).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert json.loads(body)["error"]["code"] == code
 
@@ -237,17 +253,21 @@ def test_a_client_that_hangs_up(stream: bool, n_tokens: int) -> None:
 
 def test_a_client_that_gives_up_while_the_model_is_loaded_again() -> None:
     """Guards: a load after a crash that each client ends, so that it never completes; the wrong reason."""
-    go = threading.Event()
+    starting, go = threading.Event(), threading.Event()
 
     class Reloading(WatchedEngine):
         def start(self, request: Request, deliver: Any) -> Ticket:
+            starting.set()
             assert go.wait(60)
             return super().start(request, deliver)
 
     gate = Gate()
     engine = Reloading(gate=gate)
-    with serving(engine, max_seconds=0.2) as server:
-        answer = server.chat()
+    with serving(engine, max_seconds=60) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat)
+        assert starting.wait(60)
+        server.skip(60)
+        answer = asked.result()
         assert (answer.status, answer.error["code"]) == (408, "timeout")
         assert not engine.cancelled.acquire(blocking=False)
         go.set()
@@ -269,8 +289,11 @@ def test_an_engine_that_does_not_answer(stream: bool, monkeypatch: pytest.Monkey
             gate.open()
             killed.set()
 
-    with serving(Hanging(gate=gate), max_seconds=0.2) as server:
-        assert server.chat(stream=stream).status == 408
+    with serving(Hanging(gate=gate), max_seconds=60) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat, stream=stream)
+        gate.wait()
+        server.skip(60)
+        assert asked.result().status == 408
         assert killed.wait(60)
         assert server.chat(stream=stream).status == 200
 
@@ -281,8 +304,11 @@ def test_a_slow_step_of_workers_is_not_killed(monkeypatch: pytest.MonkeyPatch) -
     gate = Gate()
     engine = WatchedEngine(gate=gate)
     engine.options = replace(engine.options, workers=("127.0.0.1:1",))
-    with serving(engine, max_seconds=0.2) as server:
-        assert server.chat().status == 408
+    with serving(engine, max_seconds=60) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat)
+        gate.wait()
+        server.skip(60)
+        assert asked.result().status == 408
         assert engine.cancelled.acquire(timeout=60)
         gate.open()
         while server.send("/health").json["running"]:
@@ -299,14 +325,17 @@ def test_a_reader_that_stops_reading() -> None:
         gate=lambda index: None if index < 6_000 or held.wait(60) else pytest.fail("not cancelled"),
     )
     engine.on_cancel = held.set
-    with serving(engine, stall_seconds=0.2, send_buffer=4096) as server:
+    with serving(engine, stall_seconds=30, max_seconds=1e9, send_buffer=4096) as server:
         with closing(socket.socket()) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.settimeout(60)
             connection.connect(("127.0.0.1", server.port))
             # With 20 alternatives for each token it is more than the system's buffers hold.
             connection.sendall(post(b'{"prompt": "a", "stream": true, "logprobs": 20}'))
-            assert engine.cancelled.acquire(timeout=60)
+            while not engine.requests:
+                pass  # the request arrives
+            while not engine.cancelled.acquire(blocking=False):
+                server.skip(30)
             assert b"[DONE]" not in read_until_closed(connection)
         while server.send("/health").json["running"]:
             pass  # the engine's last event is on its way
@@ -327,19 +356,29 @@ def test_a_slow_reader_is_kept() -> None:
         assert (seconds, transport.abort.call_count) == (30.0, aborts)
 
 
-def test_connections_without_a_request(server: Serving) -> None:
+def test_connections_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: connections that fill the table of descriptors, idle or with half a header."""
-    with serving(FakeEngine(), stall_seconds=0.1) as quick:
+    monkeypatch.setattr("dsmoe_local.serve.server._KEEP_ALIVE_SECONDS", 10**9)
+    with serving(FakeEngine(), stall_seconds=30) as server:
+
+        def wait_until_closed(connection: socket.socket) -> None:
+            while not select([connection], [], [], 0)[0]:
+                server.skip(30)
+            assert read_until_closed(connection) == b""
+
         for start in (b"", b"GET /health HT"):
-            with closing(quick.connect()) as connection:
+            with closing(server.connect()) as connection:
                 connection.sendall(start)
-                assert read_until_closed(connection) == b""
+                wait_until_closed(connection)
         kept = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-        with closing(quick.connect()) as connection:
+        with closing(server.connect()) as connection:
             connection.sendall(kept)
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            head, _, body = connection.recv(1 << 16).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            while not body.endswith(b"}"):
+                body += connection.recv(1 << 16)
             connection.sendall(kept[:9])
-            read_until_closed(connection)
+            wait_until_closed(connection)
 
 
 def test_random_damage(server: Serving) -> None:
@@ -358,7 +397,7 @@ def test_random_damage(server: Serving) -> None:
             raw = bytearray(post(json.dumps(whole).encode(), path="/v1/chat/completions"))
             for _ in range(rng.randrange(1, 6)):
                 raw[rng.randrange(len(raw))] = rng.randrange(256)
-            exchange(server, bytes(raw))
+            exchange_in_no_time(server, bytes(raw))
     assert {200, 400} <= statuses
     assert server.chat().status == 200
 

@@ -44,7 +44,7 @@ def ask(server: Serving, number: int) -> str:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
 def test_many_clients() -> None:
     """Guards: a slot that a hang-up keeps; a descriptor or a request that stays after its client has gone."""
-    with serving(FakeEngine(n_parallel=4), stall_seconds=1) as server:
+    with serving(FakeEngine(n_parallel=4)) as server:
         assert server.chat().status == 200
         n_descriptors = len(os.listdir("/proc/self/fd"))
         with ThreadPoolExecutor(_N_CLIENTS) as pool:
@@ -56,8 +56,8 @@ def test_many_clients() -> None:
 
 def test_the_mixed_load() -> None:
     """Guards: a benchmark that counts correct answers as wrong; an endpoint that fails beside others."""
-    with serving(FakeEngine(n_parallel=4), stall_seconds=1) as server:
-        load = run_load(server.port, n_clients=8, seconds=2, seed=1, n_context=4096)
+    with serving(FakeEngine(n_parallel=4)) as server:
+        load = run_load(server.port, n_clients=8, seconds=0, seed=1, n_context=4096, n_least=40)
         assert not load.wrong
         assert {"chat, streamed", "malformed", "hangs up during the reply"} <= set(load.kinds)
         assert load.first_seconds

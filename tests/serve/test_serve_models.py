@@ -179,9 +179,17 @@ def test_models_within_memory() -> None:
 def test_the_time_limit_includes_the_load() -> None:
     """Guards: a wait without a limit; a load that each impatient client starts again."""
     shelf = Shelf()
-    with serving(shelf.first, source=shelf.source, max_seconds=0.2) as server:
-        assert server.chat(model="slow").status == 408
-        assert server.send("/tokenize", {"model": "slow", "content": "x"}).status == 408
+    questions: tuple[tuple[str, dict[str, str]], ...] = (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/tokenize", {"content": "x"}),
+    )
+    with serving(shelf.first, source=shelf.source, max_seconds=60) as server, ThreadPoolExecutor(1) as pool:
+        for path, body in questions:
+            asked = pool.submit(server.send, path, {"model": "slow", **body})
+            while not (shelf.loads and server.send("/health").json["queued"]):
+                pass  # the request waits for the load
+            server.skip(60)
+            assert asked.result().status == 408
         shelf.go.set()
         while not any(model["loaded"] for model in server.send("/v1/models").json["data"]):
             pass  # the load goes on

@@ -67,8 +67,15 @@ class Browser:
         page = Page(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for domain in ("Page", "Runtime", "Log"):
             page.call(f"{domain}.enable")
+        page.call("Page.setLifecycleEventsEnabled", enabled=True)
         page.go(url)
         return page
+
+    def wait_for_load(self, loader: str) -> None:
+        """Wait until a document has been loaded, by the id that `Page.navigate` returned."""
+        loaded = {"loaderId": loader, "name": "load"}
+        while not any(loaded.items() <= event["params"].items() for event in self.events):
+            self.events.append(self._read())
 
 
 class Page:
@@ -83,8 +90,8 @@ class Page:
 
     def go(self, url: str) -> None:
         """Open a URL in the tab."""
-        self.call("Page.navigate", url=url)
-        self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+        # Not by a condition on the page: before a reload, the old document would fulfil it, too.
+        self._browser.wait_for_load(self.call("Page.navigate", url=url)["loaderId"])
 
     def run(self, script: str) -> Any:
         """Return the value of an expression; that of a promise once it is settled."""

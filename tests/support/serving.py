@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 def _refuse(path: Path) -> ReloadableEngine:
     raise AssertionError(f"{path} must not be loaded")
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that can be ahead of the clock. `ahead` is in seconds."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
 
 
 NO_OTHERS = ModelSource(known=dict, load=_refuse, fits=lambda path: True)
@@ -59,11 +68,26 @@ class Serving:
     port: int
     thread: threading.Thread
     stop: Callable[[], None]
-    log: list[str] = field(default_factory=list)
+    log: list[str]
+    _loop: _Loop
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def skip(self, seconds: float) -> None:
+        """Let the server's time limits run out as if this time had passed.
+
+        So a test can have limits that no slow machine reaches by chance.
+        """
+        moved = threading.Event()
+
+        def move() -> None:
+            self._loop.ahead += seconds
+            moved.set()
+
+        self._loop.call_soon_threadsafe(move)
+        assert moved.wait(60)
 
     def connect(self) -> socket.socket:
         """Return a new connection."""
@@ -98,19 +122,19 @@ def serving(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = listener.getsockname()[1]
     log: list[str] = []
+    loop = _Loop()
     started: queue.SimpleQueue[Callable[[], None] | BaseException] = queue.SimpleQueue()
 
     def run() -> None:
         async def main() -> None:
-            loop = asyncio.get_running_loop()
-
             def tell(stop: Callable[[], None]) -> None:
                 started.put(lambda: loop.call_soon_threadsafe(stop))  # type: ignore[arg-type]
 
             await serve(ServedModel.of("fake", engine), source, settings, listener, log.append, tell)
 
         try:
-            asyncio.run(main())
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(main())
         except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             started.put(error)
 
@@ -121,7 +145,7 @@ def serving(
     if isinstance(stop, BaseException):
         raise stop
     try:
-        yield Serving(port, thread, stop, log)
+        yield Serving(port, thread, stop, log, loop)
     finally:
         if thread.is_alive():
             stop()
