@@ -216,7 +216,7 @@ def test_a_message_does_not_wait_for_the_cache(store: SessionStore, tmp_path: Pa
         if n_blocks == 1:
             asking.append(threading.Thread(target=chat.take, args=("more",)))
             asking[0].start()
-            assert caches._stopped.wait(20)
+            assert caches._stopped.wait(60)
 
     engine.meanwhile = ask
     chat.store_while_idle()

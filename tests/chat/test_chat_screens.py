@@ -119,7 +119,7 @@ def test_stopped_and_continued(chat: Start) -> None:
 
 def test_session_goes_on_after_kill_9(chat: Start) -> None:
     """Guards: a turn that was on the screen but not on the disk; a question lost with its reply."""
-    terminal = chat()
+    terminal = chat("no-drafts")
     say(terminal, "/save letters", "saved as letters")
     say(terminal, "alpha", "\nalpha")
     terminal.send("beta#gamma" + ENTER)
@@ -158,7 +158,7 @@ def test_base_model(chat: Start) -> None:
         # Before the reply is saved, too, there is nothing to go on with.
         terminal.send(ENTER)
         with suppress(AssertionError):
-            terminal.wait_screen("onceonce", seconds=5)
+            terminal.wait_screen("onceonce")
             break
     say(terminal, "/system Be brief.", "no system text")
     terminal.check("chat_base")

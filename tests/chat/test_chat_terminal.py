@@ -6,6 +6,7 @@ import re
 import stat
 from pathlib import Path
 
+from support.hosted import PREFILL_HELD
 from support.models import smollm2, tiny_model
 from support.screens import ScreenTerminal
 from support.terminal import CTRL_C, CTRL_D, ENTER, Terminal
@@ -81,7 +82,10 @@ def test_real_model_remembers_a_session_without_reading_it(tmp_path: Path) -> No
 
 def test_real_model_interrupted_in_a_long_prompt() -> None:
     """Guards: a long prompt that cannot be stopped, or is lost when it is."""
-    with ScreenTerminal(chat("-m", str(smollm2()), "-c", "8192", "-ub", "32", "-n", "2")) as terminal:
+    words = ("-m", str(smollm2()), "--temp", "0", "-c", "8192", "-ub", "32", "-n", "2")
+    option, code, *arguments = chat(*words)
+    code = f"from dsmoe_local.engine.process import client; client.NATIVE = {PREFILL_HELD!r}; {code}"
+    with ScreenTerminal([option, code, *arguments]) as terminal:
         terminal.wait_screen(r"context 0/8,192", 60)
         terminal.paste("the quick brown fox " * 120)
         terminal.send(ENTER)

@@ -108,7 +108,7 @@ def test_statistics_on_stderr_and_json() -> None:
 
 def test_reader_that_goes_away() -> None:
     """Guards: a traceback, or a model that goes on, after `| head`."""
-    code = f"{sys.executable} -c '{CODE}' -m '{smollm2()}' -p 'Tell a long story.' | head -c 5"
+    code = f"{sys.executable} -c '{CODE}' -m '{smollm2()}' -p 'Tell a long story.' --temp 0 | head -c 5"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         ["/bin/sh", "-c", code], capture_output=True, text=True, env=environment, check=False

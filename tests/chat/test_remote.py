@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import re
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from support.bad_server import MODELS, Answer, bad_server, chunk, page, stream
+from support.bad_server import Answer, bad_server, chunk, page, stream
 from support.configured import chat, complaint
+from support.devices import free_port
 from support.fake_engine import FakeEngine
 from support.serving import serving
 
@@ -251,24 +254,39 @@ def test_a_prompt_that_is_too_long() -> None:
         assert not conversation.turns
 
 
-def test_connections_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_that_fail() -> None:
     """Guards: a traceback in place of a reason."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        free = listener.getsockname()[1]
     with pytest.raises(ServerError, match="cannot be reached: Connection refused"):
-        RemoteEngine(Server.at(f"127.0.0.1:{free}"))
+        RemoteEngine(Server.at(f"127.0.0.1:{free_port()}"))
     with pytest.raises(ServerError, match="name of the computer is not known"):
         RemoteEngine(Server.at("http://no.such.host.invalid"))
     with serving(FakeEngine()) as server, pytest.raises(ServerError, match="no secure connection"):
         RemoteEngine(Server.at(server.url.replace("http:", "https:")))
-    monkeypatch.setattr("dsmoe_local.chat.remote.connection.SILENT_SECONDS", 0.05)
+
+
+def test_silent_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a chat that waits for ever, or a wrong reason."""
     wait = threading.Event()
-    with bad_server(stream(then=wait.wait), stream(then=wait.wait)) as server:
+    post_chat = Server.post_chat
+
+    @contextmanager
+    def impatient_reader(
+        server: Server, body: Mapping[str, Any], connected: Callable[[socket.socket], None]
+    ) -> Iterator[http.client.HTTPResponse]:
+        sockets: list[socket.socket] = []
+        with post_chat(server, body, sockets.append) as response:
+            sockets[0].settimeout(0.05)
+            yield response
+
+    with bad_server(stream(then=wait.wait)) as server:
+        conversation = talk(server.url)
+        monkeypatch.setattr(Server, "post_chat", impatient_reader)
+        with pytest.raises(ServerError, match="lost during the reply: nothing came in time"):
+            list(conversation.send("x"))
+        monkeypatch.setattr("dsmoe_local.chat.remote.connection.SILENT_SECONDS", 0.05)
+        server.models = stream(then=wait.wait)
         with pytest.raises(ServerError, match="sends no answer: nothing came in time"):
             RemoteEngine(Server.at(server.url))
-        server.models = page(MODELS)
-        with pytest.raises(ServerError, match="lost during the reply: nothing came in time"):
-            list(talk(server.url).send("x"))
         wait.set()
 
 
@@ -298,7 +316,7 @@ def test_a_server_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a chat that waits after the reply, since the server neither says [DONE] nor hangs up."""
     monkeypatch.setattr("dsmoe_local.chat.remote.engine._LAST_SECONDS", 0.05)
     wait = threading.Event()
-    with bad_server(stream(chunk("Blue."), STOP, USAGE, then=wait.wait)) as server:
+    with bad_server(stream(chunk("Blue."), STOP + USAGE, then=wait.wait)) as server:
         conversation = talk(server.url)
         list(conversation.send("x"))
         wait.set()

@@ -178,9 +178,12 @@ def test_suspended_and_continued(tmp_path: Path) -> None:
     """Guards: Ctrl-Z that stops nothing, a terminal that is not drawn again, a copy of what was drawn."""
     code = (
         "import os, signal, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'support.terminal_chat'], process_group=0)\n"
+        "def take_terminal():\n"
+        "    os.tcsetpgrp(0, os.getpid())\n"
+        "    signal.signal(signal.SIGTTOU, signal.SIG_DFL)\n"
         "signal.signal(signal.SIGTTOU, signal.SIG_IGN)\n"
-        "os.tcsetpgrp(0, child.pid)\n"
+        "command = [sys.executable, '-m', 'support.terminal_chat']\n"
+        "child = subprocess.Popen(command, process_group=0, preexec_fn=take_terminal)\n"
         "os.waitpid(child.pid, os.WUNTRACED)\n"
         "os.tcsetpgrp(0, os.getpgrp())\n"
         "input('stopped, Enter goes on')\n"
@@ -207,7 +210,7 @@ def test_signal_while_an_editor_is_open(chat: StartChat, tmp_path: Path, opened:
     terminal.send(opened)
     wait_for_file(pid := tmp_path / "pid")
     os.kill(terminal.pid, signal.SIGTERM)
-    assert terminal.ending(seconds=20) == 128 + signal.SIGTERM
+    assert terminal.ending() == 128 + signal.SIGTERM
     assert is_gone(int(pid.read_text(encoding="utf-8")))
 
 

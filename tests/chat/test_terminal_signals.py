@@ -62,14 +62,14 @@ def test_a_job_is_cancelled_in_another_thread() -> None:
         with interrupts.job(cancel, kill):
             with held:
                 _interrupt()
-            assert done.wait(20)
+            assert done.wait(60)
             done.clear()
             # Cancelled again: the first time there may have been nothing to cancel yet.
-            assert done.wait(20)
+            assert done.wait(60)
             assert set(seen) == {"cancel"}
             _interrupt()
             while "kill" not in seen:
-                assert done.wait(20)
+                assert done.wait(60)
         with interrupts.job(cancel, kill), interrupts.editing(Editor()):
             seen.clear()
             _interrupt()
@@ -84,12 +84,12 @@ def test_a_job_that_is_over_is_not_cancelled() -> None:
 
     def slow() -> None:
         begun.set()
-        go_on.wait(20)
+        go_on.wait(60)
 
     with interrupts.handled():
         with interrupts.job(slow, lambda: seen.append("kill")):
             _interrupt()
-            begun.wait(20)
+            begun.wait(60)
             # The watcher is in `slow`, so the second Ctrl-C is noticed after the job.
             _interrupt()
             go_on.set()
@@ -103,7 +103,7 @@ def _wait_after(ready: threading.Event) -> None:
     # Not in pieces: a signal that interrupts this thread must end the wait.
     never = threading.Lock()
     never.acquire()
-    assert not never.acquire(timeout=20)
+    assert not never.acquire(timeout=60)
     pytest.fail("the signal was not handled")
 
 
@@ -114,7 +114,7 @@ def test_a_signal_that_comes_to_another_thread() -> None:
         ready = threading.Event()
 
         def send() -> None:
-            ready.wait(20)
+            ready.wait(60)
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
         sender = threading.Thread(target=send)

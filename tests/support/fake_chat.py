@@ -12,6 +12,7 @@ from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.table import COMMANDS
 from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.saving import Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.terminal import open_terminal
@@ -52,7 +53,8 @@ class HaltingEngine(FakeEngine):
 
 def main() -> None:
     """Run the chat. Arguments: `base` for a model without a template, `reasons` for one that reasons,
-    `plain`, `latest` to continue the latest session, a number for the size of the context.
+    `plain`, `latest` to continue the latest session, a number for the size of the context, `no-drafts` to
+    store no reply before it ends.
     """
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     engine = HaltingEngine(
@@ -69,7 +71,12 @@ def main() -> None:
         history_path=data_folder() / "history",
     )
     chat = Chat(
-        Conversation(engine, ChatSettings()), screen, ConfigFile(Path("config.toml")), sessions=sessions
+        Conversation(engine, ChatSettings()),
+        screen,
+        ConfigFile(Path("config.toml")),
+        sessions=sessions,
+        # Drafts are stored after some time.
+        drafts=Drafts(clock=lambda: 0.0) if "no-drafts" in sys.argv else None,
     )
     chat.begin(sessions.latest() if "latest" in sys.argv else None)
     try:

@@ -33,6 +33,9 @@ CHOOSY = "support.hosted:choosy"
 ONCE = "support.hosted:loading_once"
 HALTING_ONCE = "support.hosted:halting_once"
 GATED = "support.hosted:gated"
+# These are real engines.
+PREFILL_HELD = "support.hosted_native:prefill_held"
+HELD_AT_FIFTIETH = "support.hosted_native:held_at_fiftieth"
 
 
 class Hosted(FakeEngine):

@@ -106,7 +106,7 @@ class ScreenTerminal(Terminal):
         rows = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
         return _text(rows)
 
-    def until(self, shown: Callable[[str], bool], seconds: float = 20) -> str:
+    def until(self, shown: Callable[[str], bool], seconds: float = 60) -> str:
         """Wait until `shown` accepts the text of the screen; return that text."""
         deadline = time.monotonic() + seconds
         while not shown(text := self.screen_text()):
@@ -115,11 +115,11 @@ class ScreenTerminal(Terminal):
                 raise AssertionError(f"the screen did not become what was expected:\n{text}")
         return text
 
-    def wait_screen(self, pattern: str, seconds: float = 20) -> str:
+    def wait_screen(self, pattern: str, seconds: float = 60) -> str:
         """Wait until `pattern` is on the screen; return the text of the screen."""
         return self.until(lambda text: bool(re.search(pattern, text)), seconds)
 
-    def wait_gone(self, pattern: str, seconds: float = 20) -> str:
+    def wait_gone(self, pattern: str, seconds: float = 60) -> str:
         """Wait until `pattern` is no longer on the screen; return the text of the screen."""
         return self.until(lambda text: not re.search(pattern, text), seconds)
 
@@ -134,7 +134,7 @@ class ScreenTerminal(Terminal):
             return
         wanted = path.read_text(encoding="utf-8").removesuffix("\n")
         try:
-            self.until(lambda _: content() == wanted, seconds=20)
+            self.until(lambda _: content() == wanted)
         except AssertionError:
             shown = content().splitlines()
             lines = difflib.unified_diff(wanted.splitlines(), shown, "golden", "shown", lineterm="")

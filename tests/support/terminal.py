@@ -124,7 +124,7 @@ class Terminal:
         os.close(self.master)
 
 
-def wait_for_file(path: Path, seconds: float = 20) -> None:
+def wait_for_file(path: Path, seconds: float = 60) -> None:
     """Wait until a program has written a file."""
     deadline = time.monotonic() + seconds
     while not path.exists() or not path.stat().st_size:

@@ -1,7 +1,8 @@
 """`python -m support.terminal_chat`: a terminal with a scripted chat, without an engine.
 
-`/reply NAME` shows a reply of `REPLIES`; a text that is not a command is shown as its own reply. A `¤` in a
-reply halts it until Ctrl-C, a `¬` until the file `go` exists in the working folder.
+`/reply NAME` shows a reply of `REPLIES`; a text that is not a command is shown as its own reply.
+A `¤` in a reply halts it until Ctrl-C; meanwhile the file `halted` exists in the working folder.
+A `¬` halts it until the file `go` exists there.
 """
 
 from __future__ import annotations
@@ -121,13 +122,18 @@ class ScriptedChat:
                 piece = text[start : start + 3]
                 if self._stopped.is_set():
                     break
+                halts = "¤" in piece or "¬" in piece
+                # Counted before it is shown: nothing draws the count anew afterwards.
+                self.n_used += not halts
                 view.text(piece.replace("¤", "").replace("¬", ""))
                 if "¤" in piece:
+                    Path("halted").touch()
                     self._stopped.wait()
+                    Path("halted").unlink()
                 if "¬" in piece:
                     while not Path("go").exists() and not self._stopped.is_set():
                         time.sleep(0.01)
-                self.n_used += 1
+                self.n_used += halts
                 time.sleep(pause)
             if self._stopped.is_set():
                 view.note("[stopped: /continue continues it]")

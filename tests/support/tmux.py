@@ -46,14 +46,20 @@ class Tmux:
         """The scrollback and the screen, with wrapped lines joined."""
         return self._call("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> str:
-        """Wait until `pattern` is on the screen; return the screen."""
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+        """Wait until `pattern` is on the screen and the cursor is visible, which a program hides while it
+        draws. Return the screen.
+        """
         deadline = time.monotonic() + seconds
-        while not re.search(pattern, text := self.screen()):
+        while True:
+            shown = self._call("capture-pane", "-p", ";", "display-message", "-p", "#{cursor_flag}")
+            text, _, has_cursor = shown.rstrip("\n").rpartition("\n")
+            text = text.rstrip("\n")
+            if re.search(pattern, text) and has_cursor == "1":
+                return text
             if time.monotonic() > deadline:
                 raise AssertionError(f"{pattern!r} did not appear on:\n{text}")
             time.sleep(0.02)
-        return text
 
     def _call(self, *arguments: str) -> str:
         done = subprocess.run([*self._tmux, *arguments], capture_output=True, text=True, check=True)
