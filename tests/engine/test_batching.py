@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -187,14 +188,16 @@ def test_cancelling_one_leaves_the_others(unified: Engine) -> None:
     """Guards: an abort that ends, or falsifies, the replies that share the step."""
     undisturbed = run(unified, requests(["dog", "cat"], 40))
     wanted = [*requests(["dog", "cat"], 40), Request("victim", "y" * 200, GREEDY)]
-    first = threading.Event()
+    first, cancelled = threading.Event(), threading.Event()
     arrived: queue.SimpleQueue[tuple[str, TokenEvent | BaseException | None]] = queue.SimpleQueue()
-    tickets = {}
+    tickets, numbers = {}, itertools.count()
 
     def deliver(request_id: str) -> Deliver:
         def put(event: TokenEvent | BaseException | None) -> None:
             arrived.put((request_id, event))
             first.set()
+            if request_id == "victim" and next(numbers) >= 40:
+                assert cancelled.wait(60)  # before the context is full
 
         return put
 
@@ -202,6 +205,7 @@ def test_cancelling_one_leaves_the_others(unified: Engine) -> None:
         tickets[request.id] = unified.start(request, deliver(request.id))
     first.wait(60)
     tickets["victim"].cancel()
+    cancelled.set()
     found: dict[str, list[TokenEvent]] = {request.id: [] for request in wanted}
     n_open = len(wanted)
     while n_open:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.endless import ENDLESS
 from support.models import family_model, smollm2, tiny_model
 from support.tiny_gguf import patch_weight
 
@@ -237,7 +238,7 @@ def test_not_while_a_request_runs(stored: tuple[Path, tuple[int, ...]]) -> None:
     """Guards: cells written or taken that a running step changes."""
     path, prompt = stored
     with Engine.load(options()) as engine:
-        stream = engine.submit(Request("r", prompt, GREEDY, max_tokens=150))
+        stream = engine.submit(Request("r", prompt, GREEDY, n_keep=len(prompt), **ENDLESS))
         next(stream)
         assert engine.save_cache(path.with_name("other"), prompt) == 0
         assert engine.load_cache(path, prompt) == 0

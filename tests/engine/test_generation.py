@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import llama_oracle
+from support.endless import held
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import UsageError
@@ -223,9 +225,11 @@ def test_prompt_that_fills_the_context_is_refused(engine: Engine) -> None:
 
 def test_cancel_in_the_middle_of_a_reply_keeps_the_cache(engine: Engine) -> None:
     """Guards: an interrupted reply that throws away what was read."""
-    stream = engine.submit(Request("c", "The quick brown fox", GREEDY))
+    numbers, go = itertools.count(), threading.Event()
+    stream = held(engine, Request("c", "The quick brown fox", GREEDY), lambda _: next(numbers) >= 20, go)
     seen = [next(stream) for _ in range(5)]
     engine.cancel("c")
+    go.set()
     rest = list(stream)
     assert rest[-1].finish_reason is FinishReason.CANCELLED
     again = generate(engine, engine.encode("The quick brown fox") + tuple(ids([*seen, *rest])), 4)
@@ -233,23 +237,32 @@ def test_cancel_in_the_middle_of_a_reply_keeps_the_cache(engine: Engine) -> None
     assert again[-1].usage.cached_tokens >= len(engine.encode("The quick brown fox"))
 
 
+def in_the_middle(event: TokenEvent, length: int) -> bool:
+    """True if at least half of a prompt has been read."""
+    return event.progress is not None and event.progress.done >= length / 2
+
+
 def test_abort_in_prefill_leaves_an_exact_cache() -> None:
     """Guards: Ctrl-C that waits for a long prompt, and a cache that then holds half a step."""
     prompt = tuple(3 + index % 200 for index in range(1900))
     with Engine.load(ModelOptions(smollm2(), n_context=2048, n_ubatch=256, n_threads=2)) as engine:
-        events = []
-        for event in engine.submit(Request("p", prompt, GREEDY, max_tokens=4)):
+        events: list[TokenEvent] = []
+        go = threading.Event()
+        request = Request("p", prompt, GREEDY, max_tokens=4)
+        # It may read on meanwhile, but not to the end.
+        for event in held(engine, request, lambda event: in_the_middle(event, len(prompt)), go):
             events.append(event)
             if event.progress is not None:
                 engine.cancel("p")
+                go.set()
         assert events[-1].finish_reason is FinishReason.CANCELLED
         read = [event.progress.done for event in events if event.progress]
         assert read[-1] < len(prompt)
         session, core = engine._require_loaded(), engine._core
         assert core is not None
-        held = core.scheduler.cells.tokens(0)
-        assert len(held) == session.context.n_cached(0)
-        assert list(prompt[: len(held)]) == held
+        cached = core.scheduler.cells.tokens(0)
+        assert len(cached) == session.context.n_cached(0)
+        assert list(prompt[: len(cached)]) == cached
         engine.check()
         # What is cached must be right, not only counted.
         short = prompt[:300]
@@ -279,13 +292,18 @@ def test_closing_the_iterator_cancels(engine: Engine) -> None:
     assert generate(engine, "dog", 2)[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_requests_wait_their_turn_and_can_be_cancelled_before(engine: Engine) -> None:
+def test_requests_wait_their_turn_and_can_be_cancelled_before(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards: two requests mixed in one sequence; cancelling one ending the other."""
+    go = threading.Event()
+    monkeypatch.setattr(engine, "after_step", lambda: go.wait(60))  # called before a prompt is read, too
     first = engine.submit(Request("one", "dog", GREEDY, max_tokens=30))
     second = engine.submit(Request("two", "fox", GREEDY, max_tokens=30))
     engine.cancel("two")
     with pytest.raises(EngineError, match="already running"):
         engine.submit(Request("one", "dog", GREEDY))
+    go.set()
     assert [event.finish_reason for event in second][-1] is FinishReason.CANCELLED
     assert [event.finish_reason for event in first][-1] in (FinishReason.LENGTH, FinishReason.STOP)
     engine.cancel("unknown")

@@ -61,7 +61,7 @@ def test_interruption_when_loading_is_over(
 
     def press_ctrl_c(stop: threading.Event) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        assert stop.wait(20)
+        assert stop.wait(60)
 
     monkeypatch.setattr("dsmoe_local.engine.engine.load_model", interrupted)
     with pytest.raises(error):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.endless import ENDLESS
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import FileError, UsageError
@@ -123,7 +124,7 @@ def test_what_cannot_be_leaves_all_as_it_was(tmp_path: Path) -> None:
                 engine.set_observers(wrong)
         assert tokens_seen(engine) == seen
         assert reply(engine) == expected
-        stream = engine.submit(Request("running", IDS, GREEDY, max_tokens=100))
+        stream = engine.submit(Request("running", IDS, GREEDY, **ENDLESS))
         next(stream)
         with pytest.raises(EngineError, match="while requests are running"):
             engine.set_observers(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import queue
@@ -105,14 +106,14 @@ def test_child_killed_again_and_again() -> None:
     """Guards: threads, descriptors or requests of a dead child that the next one trips over."""
     with load() as client:
         list(client.submit(Request("r", "warm")))
+        gc.collect()  # what earlier tests have left
         before = threading.active_count(), len(os.listdir("/dev/fd"))
         for _ in range(5):
             with pytest.raises(EngineCrashError, match="SIGKILL"):
                 list(client.submit(Request("r", "signal SIGKILL")))
             assert text(list(client.submit(Request("r", "next")))) == "next"
-        while threading.active_count() > before[0]:
+        while threading.active_count() > before[0] or len(os.listdir("/dev/fd")) > before[1]:
             pass  # the last reader may be on its way out
-        assert len(os.listdir("/dev/fd")) == before[1]
 
 
 def test_child_that_exits_tells_its_status_and_its_last_lines() -> None:
@@ -224,7 +225,7 @@ def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
     with pytest.raises(EngineError, match="internal error in the engine: WireError"):
         client.decode(["no id"])  # type: ignore[list-item]
     # The log comes by another way than the answer.
-    asked_until = time.monotonic() + 20
+    asked_until = time.monotonic() + 60
     while "Traceback" not in "\n".join(client.log()) and time.monotonic() < asked_until:
         client.encode("x")
     assert "Traceback" in "\n".join(client.log())
@@ -308,6 +309,8 @@ def test_receiver_that_fails_loses_its_own_request_only(
 
     client.start(Request("bad", "abc"), deliver)
     assert text(list(client.submit(Request("good", "abc")))) == "abc"
+    while not heard:
+        pass  # the first event of the other one is on its way
     assert [call.exc_type for call in heard] == [ValueError]
 
 

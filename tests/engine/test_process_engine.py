@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import hosted_native, llama_oracle
+from support import hosted, hosted_native, llama_oracle
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import DsmoeError
@@ -157,19 +157,21 @@ def test_native_code_that_crashes(factory: str, name: str, last: str) -> None:
         assert caught.value.where.startswith(last)
 
 
-def test_cancelling_in_prefill_keeps_what_was_read(trained: EngineClient) -> None:
+def test_cancelling_in_prefill_keeps_what_was_read() -> None:
     """Guards: Ctrl-C that waits for the end of a long prompt, or throws away what was read of it."""
     prompt = tuple(3 + index % 200 for index in range(1900))
     events: list[TokenEvent] = []
-    for event in trained.submit(Request("p", prompt, GREEDY, max_tokens=4)):
-        events.append(event)
-        if event.progress is not None:
-            trained.cancel("p")
-    assert events[-1].finish_reason is FinishReason.CANCELLED
-    read = [event.progress.done for event in events if event.progress is not None]
-    assert read[-1] < len(prompt)
-    short = prompt[:300]
-    events = list(trained.submit(Request("p", short, GREEDY, max_tokens=6)))
+    options = ModelOptions(smollm2(), n_context=2048, n_ubatch=256, n_threads=2)
+    with EngineClient.load(options, factory=hosted.PREFILL_HELD) as client:
+        for event in client.submit(Request("p", prompt, GREEDY, max_tokens=4)):
+            events.append(event)
+            if event.progress is not None:
+                client.cancel("p")
+        assert events[-1].finish_reason is FinishReason.CANCELLED
+        read = [event.progress.done for event in events if event.progress is not None]
+        assert read[-1] < len(prompt)
+        short = prompt[:300]
+        events = list(client.submit(Request("q", short, GREEDY, max_tokens=6)))
     assert events[-1].usage is not None
     assert events[-1].usage.cached_tokens >= read[0]
     assert ids(events) == llama_oracle.greedy(smollm2(), short, 6, n_context=2048)

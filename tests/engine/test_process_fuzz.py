@@ -39,7 +39,7 @@ from dsmoe_local.engine.types import (
     TokenEvent,
 )
 
-PATIENCE = 20  # seconds, for what takes less than one unless it hangs
+PATIENCE = 60  # seconds, for what takes less than one unless it hangs
 GREEDY = SamplingParameters(temperature=0)
 CONTROL = Request("control", "The quick brown fox", GREEDY, max_tokens=6)
 FIRST_CONTROL = 10_000_019
@@ -226,11 +226,12 @@ Change = Callable[[int, bytes], bytes]
 
 class Peer:
     """In the place of the engine's process: says what a fake engine does, in frames that `change` makes of
-    their number and their content.
+    their number and their content. It ends after `seconds` without a message.
     """
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change, seconds: float) -> None:
         self._change = change
+        self._seconds = seconds
         self._n_sent = 0
         self._engine = FakeEngine(observations={"routing": {"layers": [1, 2.5, None]}})
         # It is there, and ends when it is killed, as the real one.
@@ -241,7 +242,7 @@ class Peer:
 
     def _serve(self) -> None:
         with self._theirs, self._theirs.makefile("rb") as source:
-            self._theirs.settimeout(0.3)
+            self._theirs.settimeout(self._seconds)
             try:
                 while (message := wire.receive(source)) is not None and message[0] != "close":
                     for answer in self._answers(*message):
@@ -291,9 +292,12 @@ def damaged_once(rng: random.Random) -> Change:
     return change
 
 
-def listen(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a client asks, and the types of what it is told. Raises what it does."""
-    peer = Peer(change)
+def listen(change: Change, monkeypatch: pytest.MonkeyPatch, seconds: float = PATIENCE) -> None:
+    """All that a client asks, and the types of what it is told. Raises what it does.
+
+    `seconds`: see Peer. A client that waits for the rest of a damaged frame waits that long.
+    """
+    peer = Peer(change, seconds)
     monkeypatch.setattr(child, "_EXIT_SECONDS", 0.01)
     monkeypatch.setattr(child, "spawn_engine", lambda: (peer.process, peer.ours))
     try:
@@ -333,7 +337,7 @@ def test_what_a_client_cannot_understand(number: int, body: bytes, monkeypatch: 
 
 def hear_frames(monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
     """Damaged frames from an engine's process: calls and streams end as they should, or with an error."""
-    return try_mutants(lambda rng: listen(damaged_once(rng), monkeypatch), n, seed)
+    return try_mutants(lambda rng: listen(damaged_once(rng), monkeypatch, 0.3), n, seed)
 
 
 def test_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

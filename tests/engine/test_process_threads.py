@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -72,6 +73,7 @@ def test_a_thread_that_cannot_be_started(
     """Guards: a load that waits for ever for a thread that could not start; a process left behind."""
     load().close()  # whatever is opened once only is open now
     started.processes.clear()
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/dev/fd"))
     start = threading.Thread.start
 
@@ -86,7 +88,7 @@ def test_a_thread_that_cannot_be_started(
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert len(started.processes) == 1
     started.check_all_has_ended()
-    assert len(os.listdir("/dev/fd")) == before
+    assert len(os.listdir("/dev/fd")) <= before
 
 
 def test_a_reader_that_fails_at_load(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.batches import answer, batch, by_id
 from support.devices import free_port
+from support.endless import ENDLESS
 from support.models import tiny_model
 from support.workers import RunningWorker, service, workers
 
@@ -84,25 +85,26 @@ def closes(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "told"),
+    ("behaviour", "seconds", "told"),
     [
-        (hello((7, 0, 1)), "has version 7.0.1 of llama.cpp's protocol, this machine 7.0.0"),
-        (hello((6, 0, 0)), "has version 6.0.0"),
+        (hello((7, 0, 1)), 60, "has version 7.0.1 of llama.cpp's protocol, this machine 7.0.0"),
+        (hello((6, 0, 0)), 60, "has version 6.0.0"),
         (
             sends(b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\n\r\n"),
+            60,
             "another program listens there",
         ),
-        (sends(b"SSH-2.0\r\n"), "another program listens there"),
-        (sends(b""), "if that client is gone, restart the worker"),
-        (trickles, "does not answer within"),
-        (closes, "closes the connection"),
+        (sends(b"SSH-2.0\r\n"), 0.3, "another program listens there"),
+        (sends(b""), 0.3, "if that client is gone, restart the worker"),
+        (trickles, 0.3, "does not answer within"),
+        (closes, 60, "closes the connection"),
     ],
 )
 def test_other_programs(
-    behaviour: Callable[[socket.socket], None], told: str, monkeypatch: pytest.MonkeyPatch
+    behaviour: Callable[[socket.socket], None], seconds: float, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: an abort of llama.cpp, or an endless wait, instead of a message."""
-    monkeypatch.setattr(module, "_SECONDS", 0.3)
+    monkeypatch.setattr(module, "_SECONDS", seconds)
     with service(behaviour) as address, pytest.raises(WorkerError) as raised:
         check_workers([parse_worker(address)])
     assert address in raised.value.what
@@ -130,6 +132,10 @@ def options(*addresses: str, **others: Any) -> ModelOptions:
 def text(engine: EngineClient, n_tokens: int = 40) -> str:
     request = Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=n_tokens)
     return "".join(event.text for event in engine.submit(request))
+
+
+def endless() -> Request:
+    return Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), **ENDLESS)
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +192,7 @@ def test_a_lost_worker(worker: RunningWorker, local: str, n_kills: int, n_gpu_la
     """Guards: a chat that ends with its worker; a message without its address; another text after it."""
     with EngineClient.load(options(worker.endpoint, n_gpu_layers=n_gpu_layers)) as engine:
         for n_tokens in range(n_kills):
-            request = Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=200)
-            events = engine.submit(request)
+            events = engine.submit(endless())
             for _ in range(1 + n_tokens):
                 next(events)
             worker.kill()
@@ -213,13 +218,13 @@ def test_a_worker_that_hangs(
 ) -> None:
     """Guards: a reply that waits forever; a slow worker that is reported as lost."""
     with EngineClient.load(options(worker.endpoint)) as engine:
-        monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
-        monkeypatch.setattr(module, "_SECONDS", 0.5)
         if unreachable:
             monkeypatch.setattr(spawn, "unreachable_worker", lambda _: unreachable.format(worker.endpoint))
-        events = engine.submit(Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=200))
+        events = engine.submit(endless())
         next(events)
         worker.send(signal.SIGSTOP)
+        monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
+        monkeypatch.setattr(module, "_SECONDS", 0.5)
         try:
             with pytest.raises(WorkerLostError, match=told.format(worker.endpoint)):
                 list(events)
@@ -233,24 +238,26 @@ def test_a_worker_that_hangs(
 
 def test_a_slow_step_that_ends(worker: RunningWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an engine that is killed although a step ended while the workers were asked."""
-    resumed, went_on = threading.Event(), threading.Event()
+    went_on = threading.Event()
 
     def resume(_: object) -> str:
         monkeypatch.setattr(child, "SILENT_SECONDS", 300)
-        resumed.set()
+        last = engine._latest()._last_message
         worker.send(signal.SIGCONT)
-        assert went_on.wait(60)
+        while engine._latest()._last_message == last:
+            pass  # the step ends
+        went_on.set()
         return ""
 
     with EngineClient.load(options(worker.endpoint)) as engine:
-        monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
         monkeypatch.setattr(spawn, "unreachable_worker", resume)
-        events = engine.submit(Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=200))
+        events = engine.submit(endless())
         next(events)
         worker.send(signal.SIGSTOP)
+        monkeypatch.setattr(child, "SILENT_SECONDS", 0.5)
         for _ in events:
-            if resumed.is_set():
-                went_on.set()
+            if went_on.is_set():
+                engine.cancel("r")
         assert went_on.is_set()
         assert engine.crashes == 0
 

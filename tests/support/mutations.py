@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 
 SECONDS = 5
-"""What one reading may take."""
+"""What one reading may take, in time of the processor: others may use it, too."""
 MEMORY = 1 << 30
 """What readings may add to the process's address space."""
 
@@ -89,17 +89,17 @@ def try_mutants(read: Callable[[random.Random], object], n: int, seed: int) -> O
     with _bounded_memory(), _alarms():
         for number in range(n):
             name = f"{seed}:{number}"
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 read(random.Random(name))
                 accepted += 1
             except DsmoeError as error:
                 _check_message(error, name)
             except BaseException as error:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 raise AssertionError(f"the mutant {name!r} raises {type(error).__name__}: {error}") from error
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
     outcome = Outcome(accepted, n - accepted)
     assert outcome.accepted, "every mutant is refused"
     assert outcome.refused, "no mutant is refused"
@@ -118,11 +118,11 @@ def _alarms() -> Iterator[None]:
     def ring(number: int, frame: object) -> None:
         raise TookTooLongError(f"more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGPROF, ring)
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from dsmoe_local.engine.types import ModelInfo, ModelOptions, Request, TokenEven
 POLL = 0.05  # seconds between checks whether a load must stop
 SILENT_SECONDS = 300.0  # the longest step, with workers: llama.cpp waits for them without a limit
 _EXIT_SECONDS = 1.0  # for a child that was asked to exit
+_LOG_SECONDS = 10.0  # for the last lines of the log; a process that the child has started may keep it open
 _KILL_SECONDS = 5.0  # for a child that was killed; after that the system must reap it
 
 P = ParamSpec("P")
@@ -276,7 +277,7 @@ class Child:
             status = self._reap(process, at_once=garbled is not None)
             self._outbox.put(None)
             for thread in (send, keep):
-                thread.join(_EXIT_SECONDS)
+                thread.join(_LOG_SECONDS)
         return self._reason(status, garbled)
 
     def _watch(self) -> None:
