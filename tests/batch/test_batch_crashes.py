@@ -51,8 +51,10 @@ def test_an_engine_killed_from_outside(tmp_path: Path, monkeypatch: pytest.Monke
 
         def kill_at_eighth(request: Request, deliver: Deliver) -> Ticket:
             nonlocal n_started
-            ticket = start(request, deliver)
             n_started += 1
+            if n_started == 8:
+                os.kill(first, signal.SIGSTOP)  # so that the request is in flight when it is killed
+            ticket = start(request, deliver)
             if n_started == 8:
                 os.kill(first, signal.SIGKILL)
             return ticket

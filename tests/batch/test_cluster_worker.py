@@ -78,7 +78,7 @@ def test_lines_and_faulty_lines(worker: Worker) -> None:
 
 def test_a_crash_and_the_next_load(worker: Worker) -> None:
     """Guards: a worker that is lost with its engine; an event of the old engine in the new one."""
-    report = worker.work([item(0, prompt="signal SIGSEGV"), item(1, prompt="signal SIGSEGV")], 20.0, 0.0)
+    report = worker.work([item(0, prompt="signal SIGSEGV"), item(1, prompt="signal SIGSEGV")], 60.0, 0.0)
     assert report.crash is not None
     assert (report.crash.code, "SIGSEGV" in report.crash.what) == ("engine_crash_error", True)
     assert isinstance(worker.load(), Loaded)
@@ -94,7 +94,7 @@ def test_a_model_that_is_replaced_before_the_next_load(tmp_path: Path) -> None:
     path.write_bytes(content)
     worker = Worker(options(model=ModelOptions(path)), n_cpus=1)
     assert isinstance(worker.load(), Loaded)
-    assert worker.work([item(0, prompt="signal SIGSEGV")], 20.0, 0.0).crash is not None
+    assert worker.work([item(0, prompt="signal SIGSEGV")], 60.0, 0.0).crash is not None
     path.write_bytes(content[:-1] + b"?")
     missing = worker.load()
     assert isinstance(missing, NoModel)

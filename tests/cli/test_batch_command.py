@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from support.batches import by_id, records, write_lines
+from support.hosted import HELD_AT_FIFTIETH
 from support.models import tiny_model
 
 COMMAND = "from dsmoe_local.cli.main import batch; batch()"
+HELD = f"from dsmoe_local.engine.process import client; client.NATIVE = {HELD_AT_FIFTIETH!r}; {COMMAND}"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def words(source: Path | str, out: Path | str, *more: str) -> list[str]:
+def words(source: Path | str, out: Path | str, *more: str, code: str = COMMAND) -> list[str]:
     return [
         sys.executable,
         "-c",
-        COMMAND,
+        code,
         str(source),
         "-o",
         str(out),
@@ -183,10 +184,10 @@ def test_killed_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     lines = [{"prompt": f"The quick {i}", "max_tokens": 3 + i % 7} for i in range(100)]
     source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     options = ("--deterministic", "--parallel", "2", "--format", "simple")
-    child = subprocess.Popen(words(source, out, *options), stderr=subprocess.PIPE, env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    while (not out.exists() or out.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    command = words(source, out, *options, code=HELD)  # it does not end before the signal comes
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    while child.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 3):
+        pass
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert b"Traceback" not in errors

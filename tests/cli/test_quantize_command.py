@@ -123,13 +123,12 @@ def test_force(source: Path) -> None:
 def test_signals(source: Path, tmp_path: Path, number: int, status: int) -> None:
     """Guards: a signal that is not obeyed, leaves a half file, or hides how to go on."""
     code = f"""
-import os, sys
+import itertools, os, sys
 from dsmoe_quantize.write import pipeline
-reach, slabs = pipeline.reach, []
+reach, numbers = pipeline.reach, itertools.count(1)
 def reached(point):
     reach(point)
-    slabs.append(point)
-    if len(slabs) == 20:
+    if next(numbers) == 20:
         os.kill(os.getpid(), {int(number)})
 pipeline.reach = reached
 from dsmoe_local.cli.main import quantize

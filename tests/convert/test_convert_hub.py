@@ -215,8 +215,13 @@ def test_low_disk_killed(fault: str, sync_seconds: float, hub: Hub, tmp_path: Pa
     # One comes after the other: all but the last were here. The hub library may ask for a file again.
     complete = list(dict.fromkeys(shards_in(hub.downloads())))[:-1]
     staging = out.parent / ".out.gguf.shards"
-    # The hub library downloads a file again if it was killed before it wrote what it knows about it.
-    known = {path.stem for path in staging.glob(".cache/huggingface/download/*.metadata")}
+    # The hub library downloads a file again if it was killed before it wrote what it knows about it: three
+    # lines in a file that is created empty.
+    known = {
+        path.stem
+        for path in staging.glob(".cache/huggingface/download/*.metadata")
+        if path.read_text().count("\n") == 3
+    }
     complete += [path.name for path in staging.glob("*.safetensors") if path.name in known]
     assert complete
     hub.requests.clear()

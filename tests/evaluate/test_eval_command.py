@@ -140,7 +140,7 @@ def test_short_errors(text: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     """Guards: a run that goes on, a traceback, or half a reference left behind."""
     text = tmp_path / "text.txt"
-    text.write_text(built_in().content * 20)
+    text.write_text(built_in().content * 100)  # minutes of work
     command = [sys.executable, "-c", CODE, "eval", str(tiny_model()), *ONE_AT_ONCE]
     process = subprocess.Popen(
         [

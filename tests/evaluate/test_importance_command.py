@@ -131,7 +131,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     """Guards: a traceback, a status that says all went well, windows that were read lost."""
     out = tmp_path / "out"
     text = tmp_path / "text"
-    text.write_text(built_in().content * 3)
+    text.write_text(built_in().content * 100)  # minutes of work
     arguments = (tiny_model(), "--text", text, "--save-every", "1", "-o", out, *OPTIONS)
     child = subprocess.Popen(
         [sys.executable, "-c", CODE, "imatrix", *map(str, arguments)],

@@ -23,8 +23,9 @@ class _Idle:
 class CrashingEngine(FakeEngine):
     """Echoes prompts one after the other, as soon as `patience` requests wait.
 
-    A prompt for which `kills` is true crashes it: all requests in flight get `error`. The next `start` or
-    `encode` loads it again and calls `reload`, which may raise.
+    A prompt for which `kills` is true crashes it: all requests in flight get `error`. The first time that it
+    comes there is another one in flight. The next `start` or `encode` loads it again and calls `reload`,
+    which may raise.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CrashingEngine(FakeEngine):
 
     def _work(self) -> None:
         waiting = [self._queue.get() for _ in range(self._patience)]
+        known: set[str] = set()
         while True:
             request, deliver = waiting.pop(0) if waiting else self._queue.get()
             if not self._kills(str(request.prompt)):
@@ -72,6 +74,9 @@ class CrashingEngine(FakeEngine):
                     deliver(event)
                 deliver(None)
                 continue
+            if request.id not in known and not waiting:
+                waiting.append(self._queue.get())
+            known.add(request.id)
             while not self._queue.empty():
                 waiting.append(self._queue.get())
             self._dead = True

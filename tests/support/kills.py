@@ -174,7 +174,7 @@ def check_random_kills(make_job: Callable[[], Job], expected: bytes, n_kills: in
     assert job.content() == expected
     job = make_job()
     n_killed = 0
-    for _ in range(n_kills):
+    while n_killed < n_kills:
         child = job.spawn()
         child.kill_after(generator.uniform(0, duration))
         status, errors = child.ending()
@@ -183,7 +183,6 @@ def check_random_kills(make_job: Callable[[], Job], expected: bytes, n_kills: in
         n_killed += status == -signal.SIGKILL
         if job.content() is not None and not job.journal.exists():
             job = make_job()
-    assert n_killed, "every run ended before it could be killed"
     status, errors = job.run()
     assert status == 0, errors
     assert job.content() == expected

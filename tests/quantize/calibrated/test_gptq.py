@@ -162,7 +162,8 @@ def test_rare_experts_take_over_the_mean_of_their_layer() -> None:
 def test_gates_weigh_the_inputs() -> None:
     """An expert's error counts as much as its output does."""
     tap = HessianTap({NAME: (1, N_OUT, 8)})
-    x, gate = torch.randn(100, 8), torch.rand(100)
+    generator = torch.Generator().manual_seed(5)
+    x, gate = torch.randn(100, 8, generator=generator), torch.rand(100, generator=generator)
     tap(NAME, x, expert=0, gate=gate)
     [group] = tap.groups()
     torch.testing.assert_close(group.hessian[0], (x * gate[:, None]).T @ (x * gate[:, None]) / 100)
