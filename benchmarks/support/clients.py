@@ -202,7 +202,10 @@ class Load:
 
 
 def run_load(port: int, n_clients: int, seconds: float, seed: int, n_context: int, n_least: int = 0) -> Load:
-    """Send requests of `n_clients` clients for some time, each at least `n_least`. Wait for the last answers."""
+    """Send requests of `n_clients` clients for some time, and at least `n_least` each.
+
+    Waits for the last answers.
+    """
     load, lock = Load(), threading.Lock()
     began = time.perf_counter()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 _START_SECONDS = 600.0
@@ -63,13 +64,24 @@ def llama_batched_bench(
     return float(json.loads(next(line for line in lines if line.startswith("{")))["speed_tg"])
 
 
+def free_port() -> int:
+    """Return a port where nothing listens.
+
+    It is below those that the system gives to connections: while nothing listens at one of these, attempts to
+    connect sooner or later connect to themselves.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class Server:
     """A running server on a free port of this computer. `command` is without --host and --port."""
 
     def __init__(self, command: Sequence[str | Path]) -> None:
         self._name = Path(command[0]).name
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
         address = ("--host", "127.0.0.1", "--port", str(self.port))
         self._process = subprocess.Popen([*command, *address], stdout=self._log, stderr=subprocess.STDOUT)

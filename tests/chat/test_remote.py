@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from support.bad_server import Answer, bad_server, chunk, page, stream
 from support.configured import chat, complaint
-from support.devices import free_port
 from support.fake_engine import FakeEngine
 from support.serving import serving
 
+from benchmarks.support.tools import free_port
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.one_shot import answer

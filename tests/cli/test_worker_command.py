@@ -10,10 +10,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 from support.configured import complaint
-from support.devices import free_port
 from support.models import tiny_model
 from support.workers import workers
 
+from benchmarks.support.tools import free_port
 from dsmoe_local.cli.commands import load_command
 
 START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"

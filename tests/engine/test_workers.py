@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from support.batches import answer, batch, by_id
-from support.devices import free_port
 from support.endless import ENDLESS
 from support.models import tiny_model
 from support.workers import RunningWorker, service, workers
 
+from benchmarks.support.tools import free_port
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.engine import workers as module

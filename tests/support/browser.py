@@ -74,7 +74,7 @@ class Browser:
     def wait_for_load(self, loader: str) -> None:
         """Wait until a document has been loaded, by the id that `Page.navigate` returned."""
         loaded = {"loaderId": loader, "name": "load"}
-        while not any(loaded.items() <= event["params"].items() for event in self.events):
+        while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
             self.events.append(self._read())
 
 

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import json
 import os
-import random
 import re
 import socket
 import subprocess
@@ -24,6 +23,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+
+from benchmarks.support.tools import free_port
 
 FAKE_FREE = 2 << 30
 BACKENDS = ("RPC", pytest.param("Vulkan", marks=pytest.mark.gpu))
@@ -76,18 +77,6 @@ def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
         "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
     )
     return ctypes.CFUNCTYPE(result, *arguments)(look_up(registry, name))
-
-
-def free_port() -> int:
-    """Return a port where nothing listens.
-
-    It is below those that the system gives to connections: while nothing listens at one of these, attempts to
-    connect sooner or later connect to themselves.
-    """
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from functools import partial
 
 import pytest
 
-from support.devices import free_port, has_backend
+from benchmarks.support.tools import free_port
+from support.devices import has_backend
 
 _COMMAND = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 
