@@ -71,7 +71,7 @@ def _hold(engine: Engine, halts: Callable[[int, TokenEvent], bool]) -> Engine:
 
         return _Cancelled(start(request, hold), cancelled)
 
-    engine.start = start_held  # type: ignore[method-assign]
+    engine.start = start_held  # type: ignore[method-assign, assignment]
     return engine
 
 
