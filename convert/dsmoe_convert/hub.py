@@ -22,6 +22,7 @@ from urllib.parse import unquote
 from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, check_pickle, read_index
 from dsmoe_convert.errors import HubError
 from dsmoe_convert.shards import StoredTensor
+from dsmoe_local.base.background import until_stopped
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
 from dsmoe_local.base.text import safe_line
@@ -315,26 +316,9 @@ class HubRepository:
         return {"tqdm_class": _progress_class(self._listen if report else None, self._stop, name)}
 
     def _call(self, work: Callable[[], T]) -> T:
-        """Call `work` in another thread, so that the library cannot delay an interruption."""
-        outcome: list[Callable[[], T]] = []
-
-        def body() -> None:
-            try:
-                result = work()
-                outcome.append(lambda: result)
-            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-                caught = error
-                outcome.append(lambda: _raise(caught))
-
-        thread = threading.Thread(target=body, name="hub", daemon=True)
-        thread.start()
-        while thread.is_alive() and not self._stop.is_set():
-            thread.join(0.1)
-        thread.join(_PATIENCE)
-        if self._stop.is_set():
-            raise InterruptedRunError(_INTERRUPTED, remedy="run the same command again to continue")
+        """Return the result of `work`, without waiting for the library after an interruption."""
         try:
-            return outcome[0]()
+            return until_stopped(work, self._stop, _INTERRUPTED, _PATIENCE)
         except DsmoeError:
             raise
         except Exception as error:
@@ -386,10 +370,6 @@ _ERRORS = (
     ),
     ("EntryNotFoundError", "a file is missing in the repository", "check the repository's page"),
 )
-
-
-def _raise(error: BaseException) -> Any:  # noqa: ANN401 - never returns
-    raise error
 
 
 def _progress_class(listen: Listener | None, stop: threading.Event, name: str) -> type[Any]:

@@ -25,7 +25,6 @@ Visitor = Callable[[Key, str], None]
 
 _VERSION = 3
 _NAME = "dsmoe_batch"
-_OLD_START = b'{"dsmoe_batch":'  # versions 1 and 2
 _FIELDS = ("settings", "loaded", "names")  # of the header, next to the version
 _MARK = "committed"
 _KEY = re.compile("[0-9a-f]{32}")
@@ -118,13 +117,12 @@ def read_header(journal: Path) -> Header | None:
         with journal.open("rb") as file:
             first, end, _ = next(_valid_lines(file), (None, 0, 0))
             file.seek(end)
-            rest = file.read(len(_OLD_START))
+            has_lines = bool(file.read(1))
     except FileNotFoundError:
         return None
     values: dict[str, Any] = first if isinstance(first, dict) else {}
     version = values.get(_NAME)
-    is_old = end == 0 and rest == _OLD_START
-    if is_old or version not in (None, _VERSION):
+    if version not in (None, _VERSION):
         raise FileError(
             "another version of dsmoe-batch wrote the journal",
             where=journal,
@@ -135,7 +133,7 @@ def read_header(journal: Path) -> Header | None:
     settings, loaded, names = (values[name] for name in _FIELDS)
     if not all(isinstance(part, dict) for part in (settings, loaded, names)):
         raise _damaged(journal)
-    return Header(settings, loaded, names, has_lines=bool(rest))
+    return Header(settings, loaded, names, has_lines=has_lines)
 
 
 def compare(out: Path, visit: Visitor) -> Extent:

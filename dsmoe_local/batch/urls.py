@@ -8,28 +8,20 @@ from __future__ import annotations
 import difflib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import (
-    PIP,
-    DsmoeError,
-    FileError,
-    InterruptedRunError,
-    MissingExtraError,
-    UsageError,
-)
+from dsmoe_local.base.background import until_stopped
+from dsmoe_local.base.errors import PIP, DsmoeError, FileError, MissingExtraError, UsageError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch.sources import reading
-
-T = TypeVar("T")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _HTTP = ("http", "https")
@@ -51,7 +43,6 @@ _MISSING = frozenset({404, 410})
 _DENIED = frozenset({401, 403})
 _LATER = "check the address and the network, then run the same command again"
 _CHUNK = 4 << 20
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +92,7 @@ def expand(url: Url, output: Url | None, stop: threading.Event) -> list[Url]:
         return sorted(str(system.unstrip_protocol(name)) for name in found)
 
     with _explained(url, "read"):
-        found = _until_stopped(find, stop, "interrupted: the inputs were not read")
+        found = until_stopped(find, stop, "interrupted: the inputs were not read")
     if not found:
         raise FileError("no file matches the URL", where=str(url))
     return [Url(address) for address in found]
@@ -137,7 +128,7 @@ def download(url: Url, target: BinaryIO, folder: Path, listen: Listener, stop: t
         listen(Finished(f"downloading {url.name}"))
 
     with _explained(url, "read"):
-        _until_stopped(copy, stop, f"interrupted: {url.name} was not downloaded to its end")
+        until_stopped(copy, stop, f"interrupted: {url.name} was not downloaded to its end")
 
 
 def check_upload(url: Url, stop: threading.Event) -> bool:
@@ -159,7 +150,7 @@ def check_upload(url: Url, stop: threading.Event) -> bool:
         return bool(system.exists(path))
 
     with _explained(url, "reached"):
-        return _until_stopped(exists, stop, "interrupted: nothing was answered")
+        return until_stopped(exists, stop, "interrupted: nothing was answered")
 
 
 def upload(local: Path, url: Url, listen: Listener, stop: threading.Event) -> None:
@@ -202,7 +193,7 @@ def upload(local: Path, url: Url, listen: Listener, stop: threading.Event) -> No
 
     remedy = f"it is complete in {local}: copy it, or run the same command again"
     with _explained(url, "written", remedy):
-        _until_stopped(copy, stop, f"interrupted: {url.name} is complete here, but not uploaded")
+        until_stopped(copy, stop, f"interrupted: {url.name} is complete here, but not uploaded")
 
 
 def _check_size(system: Any, path: str, size: int, url: Url) -> None:  # noqa: ANN401 - fsspec has no types
@@ -245,28 +236,6 @@ def _version(system: Any, path: str) -> dict[str, Any]:  # noqa: ANN401 - fsspec
     system.invalidate_cache()
     info = system.info(path)
     return {key: info[key] for key in _VERSION_KEYS if info.get(key) is not None}
-
-
-def _until_stopped(work: Callable[[], T], stop: threading.Event, interrupted: str) -> T:
-    """Call `work` in another thread. InterruptedRunError once `stop` is set, even if the network hangs."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="dsmoe-batch-transfer", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        if stop.is_set() and thread.is_alive():
-            raise InterruptedRunError(interrupted, remedy="run the same command again to continue")
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 @contextmanager

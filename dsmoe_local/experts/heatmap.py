@@ -125,14 +125,13 @@ def scale_of(activities: Sequence[Activity], grids: Sequence[Grid]) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class Heatmap:
-    """A heatmap: the title, the numbers of experts, lines for one or two layers each, and a legend.
+    """A heatmap: the numbers of experts, lines for one or two layers each, and a legend.
 
     It fits into any width, by averaging experts. `height` limits the number of lines, by averaging layers. If
     `tall`, each line has one layer. `scale` None: a scale for this heatmap alone.
     """
 
     activity: Activity
-    title: str = ""
     height: int | None = None
     scale: Scale | None = None
     tall: bool = False
@@ -140,7 +139,7 @@ class Heatmap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.activity.tokens:
-            yield Text(f"{self.title}: no tokens yet" if self.title else "no tokens yet", style="dim")
+            yield Text("no tokens yet", style="dim")
             return
         in_colour = not console.no_color and console.color_system not in (None, "standard")
         label = len(str(self.activity.layers[-1].layer))
@@ -151,8 +150,6 @@ class Heatmap:
         scale = self.scale or scale_of([self.activity], [grid])
         cell = max(1, min(_MAX_CELL, room // grid.n_columns))
         indent = " " * (label + 1 + frame // 2)
-        if self.title:
-            yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         group_size = self.activity.n_routed_experts // self.activity.n_groups
         yield Text(indent + _expert_numbers(grid, cell, group_size), style="dim", no_wrap=True)
         if in_colour:

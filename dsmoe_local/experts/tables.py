@@ -14,6 +14,8 @@ from dsmoe_local.experts.activity import Activity, Difference, LayerActivity
 
 N_BUSIEST = 4
 """Number of experts that a table lists for a layer."""
+_N_SHOWN = 16
+"""Number of experts in a table of experts."""
 _MARGINS = 9  # columns for the number of the layer and the margins
 _WIDE = 60
 """Tables of experts of at least this width have more columns than shares."""
@@ -124,7 +126,7 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
     return _explained(table, legend(columns)) if explained else table
 
 
-def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) -> RenderableType:
+def expert_table(parts: Mapping[str, LayerActivity], width: int) -> RenderableType:
     """Return a table of the most used experts of the first part with tokens, with a bar for each part."""
     seen = {name: layer for name, layer in parts.items() if layer.tokens}
     if not seen:
@@ -138,7 +140,7 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
         if wide:
             table.add_column("mass", justify="right", no_wrap=True)
     leading = next(iter(seen.values()))
-    for expert, _ in leading.busiest(n):
+    for expert, _ in leading.busiest(_N_SHOWN):
         cells: list[str] = []
         for layer in seen.values():
             share, count = layer.shares[expert], layer.counts[expert]
@@ -148,14 +150,14 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
         table.add_row(str(expert), *cells)
     notes = ["experts, by the share of the tokens that chose them"]
     notes += ["mass: the router's mean probability for tokens that chose them"] if wide else []
-    n_more = len(leading.counts) - leading.unused - n
+    n_more = len(leading.counts) - leading.unused - _N_SHOWN
     notes += [f"{n_more} more were chosen"] if n_more > 0 else []
     if leading.n_groups > 1:
         notes.append(f"choices by group: {', '.join(f'{share:.0%}' for share in leading.group_shares)}")
     return _explained(table, "; ".join(notes))
 
 
-def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[str, ...]]:
+def expert_rows(parts: Mapping[str, LayerActivity]) -> list[tuple[str, ...]]:
     """Return the table of experts as rows of text with a heading, for plain terminals."""
     seen = {name: layer for name, layer in parts.items() if layer.tokens}
     if not seen:
@@ -165,7 +167,7 @@ def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[s
         ("expert", *seen),
         *(
             (str(expert), *(f"{layer.shares[expert]:.0%}" for layer in seen.values()))
-            for expert, _ in leading.busiest(n)
+            for expert, _ in leading.busiest(_N_SHOWN)
         ),
     ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line
 
@@ -14,15 +12,9 @@ class RequestError(DsmoeError):
     """
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: str | Path = "",
-        remedy: str = "",
-        kind: str = "invalid_request",
-        param: str | None = None,
+        self, what: str, *, remedy: str = "", kind: str = "invalid_request", param: str | None = None
     ) -> None:
-        super().__init__(what, where=where, remedy=remedy)
+        super().__init__(what, remedy=remedy)
         self.kind = kind
         self.param = param
 

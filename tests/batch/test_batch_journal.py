@@ -192,18 +192,10 @@ def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found_in(out) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        b'{"dsmoe_batch":1,"settings":{},"loaded":{}}\n[1,"0000000000000001ffffffffffffffff",10,3632233996,0]\n',
-        b'{"dsmoe_batch":2,"settings":{},"loaded":{},"names":{}}\n["committed",1]\n',
-        b'%08x {"dsmoe_batch":4}\n' % zlib.crc32(b'{"dsmoe_batch":4}'),
-    ],
-)
-def test_a_journal_of_another_version_is_refused_in_words(out: Path, start: bytes) -> None:
+def test_a_journal_of_another_version_is_refused_in_words(out: Path) -> None:
     """Guards: a journal with another format that is misread, or called damaged."""
     out.write_bytes(content(1))
-    journal_path(out).write_bytes(start)
+    journal_path(out).write_bytes(lines_of(b'{"dsmoe_batch":4}'))
     with pytest.raises(FileError, match="another version") as refusal:
         found_in(out)
     assert "--restart" in str(refusal.value)

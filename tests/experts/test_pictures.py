@@ -147,7 +147,7 @@ def test_pictures_stand_beside_each_other_where_they_fit() -> None:
 
 def test_nothing_seen_is_said() -> None:
     """Guards: a division by no tokens."""
-    for renderable in (panels({"session": Activity()}, 80), Heatmap(Activity(), "session")):
+    for renderable in (panels({"session": Activity()}, 80), Heatmap(Activity())):
         assert "no tokens" in "\n".join(drawn(renderable))
     assert "0 tokens" in drawn(live_panel(Activity(), 80, 40))[0]
 

@@ -11,7 +11,7 @@ has failed. So a broken worker does not fail tasks that others can answer.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _MAX_GROUP = 64
@@ -69,11 +69,6 @@ class Scheduler:
         """The tasks that no worker has."""
         fresh = self._n_tasks - self._next
         return fresh + self._n_grouped + len(self._returned) + len(self._suspects)
-
-    @property
-    def workers(self) -> Iterable[str]:
-        """The workers that are ready."""
-        return self._workers
 
     @property
     def n_suspects(self) -> int:

@@ -41,12 +41,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The recipe found, the data that explains it, and the path of the measurements."""
+    """The recipe found, and the data that explains it."""
 
     costs: CostModel
     solved: Solved
     sensitivity: Sensitivity
-    kept_in: Path
 
 
 def refuse_quantized(file: GgufFile) -> None:
@@ -102,7 +101,7 @@ def solve_target(
         found = replace(found, weights=measured_costs.weights, probes=measured_costs.probes)
     costs = CostModel(file, hp, found, overrides=overrides, imatrix=imatrix, cpu=request.cpu)
     solved = costs.solve(request.budget, request.name, _about(request, costs, found, imatrix, overrides))
-    return Target(costs, solved, found, path)
+    return Target(costs, solved, found)
 
 
 def _why_costs_alone(measured_costs: Sensitivity, imatrix: Imatrix | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +98,6 @@ class BlockFormat:
         """Weights that share a scale."""
         return self.size // self.n_scales
 
-    @cached_property
-    def is_uniform(self) -> bool:
-        """True if the levels are consecutive integers."""
-        return bool((np.diff(self.levels) == 1).all())
-
     @property
     def supers(self) -> tuple[int, ...]:
         """Byte offsets of the f16 numbers of a block: its scale, and its offset if there is one."""
@@ -112,12 +106,6 @@ class BlockFormat:
     def blocks(self, rows: Bytes) -> Bytes:
         """Return encoded rows as (n_blocks, bytes of a block), without copying them."""
         return rows.reshape(-1, row_bytes(self.type, self.size))
-
-    def read_codes(self, rows: Bytes, n_columns: int) -> Bytes:
-        """Return the codes of encoded rows, shape (n_rows, n_columns)."""
-        codes = _read(self.codes, self.blocks(rows))
-        codes ^= np.uint8(self.code_flip)
-        return codes.reshape(-1, n_columns)
 
     def write_codes(self, rows: Bytes, codes: Bytes) -> None:
         """Replace the codes in encoded rows."""
