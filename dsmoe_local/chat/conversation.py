@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.chat import context
 from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.partial_reply import CallBlocks, PartialReply
 from dsmoe_local.chat.remote.connection import ServerError
 from dsmoe_local.chat.settings import ChatSettings, OnFull
-from dsmoe_local.chat.tool_calls import CallBlocks
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import ReloadableEngine
@@ -43,43 +43,6 @@ Reply: TypeAlias = Generator[Event, None, None]
 """The events of a running reply. If it is closed early, the text so far becomes a turn."""
 
 
-@dataclass(slots=True)
-class _PartialReply:
-    """The running reply so far. Its first `n_ids` tokens decode to exactly its first `n_pieces` pieces.
-
-    A piece is a pair of texts: of the answer, and of the reasoning.
-    """
-
-    pieces: list[tuple[str, str]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    n_pieces: int = 0
-    n_ids: int = 0
-
-    def add(self, event: TokenEvent) -> None:
-        self.pieces.append((event.text, event.reasoning))
-        if event.finish_reason is FinishReason.STOP and event.token_id is None:
-            # A stop string ended it: the ids include text after the end.
-            self.ids.clear()
-        elif event.finish_reason is None and event.token_id is not None:
-            self.ids.append(event.token_id)
-        if not event.held:
-            self.n_pieces, self.n_ids = len(self.pieces), len(self.ids)
-
-    def exact(self) -> _PartialReply:
-        """Return the reply up to the last point where texts and ids are complete."""
-        return _PartialReply(self.pieces[: self.n_pieces], self.ids[: self.n_ids])
-
-    @property
-    def text(self) -> str:
-        """The answer."""
-        return "".join(answer for answer, _ in self.pieces)
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning before the answer."""
-        return "".join(reasoning for _, reasoning in self.pieces)
-
-
 @dataclass(frozen=True, slots=True)
 class _State:
     """Everything that a reply changes. An empty reply restores it."""
@@ -107,7 +70,7 @@ class Conversation:
         self._state = _State(Transcript(system=system))
         # The transcript to save while a turn is being replaced.
         self._replaced: Transcript | None = None
-        self._partial: _PartialReply | None = None
+        self._partial: PartialReply | None = None
         self._numbers = itertools.count(1)
         self._cancelled = False
 
@@ -157,7 +120,7 @@ class Conversation:
         reply = None if self._partial is None else self._partial.exact()
         if reply is None or not (reply.ids or reply.text or reply.reasoning):
             return None
-        turns = self._turns_with(reply, FinishReason.CANCELLED, None)
+        turns = reply.added_to(self.turns, FinishReason.CANCELLED, None)
         return replace(self._state.transcript, turns=turns)
 
     def restore(self, transcript: Transcript) -> None:
@@ -337,7 +300,7 @@ class Conversation:
 
     def _run(self, encoder: context.Encoder) -> Reply:
         """Run one request. Its reply becomes a turn even if an error or the caller ends it early."""
-        reply = _PartialReply()
+        reply = PartialReply()
         if self._cancelled:
             # `cancel` was called while `fitted` or `compacted` made room.
             self._add_reply(reply, None)
@@ -425,30 +388,11 @@ class Conversation:
             return ReplyStart.ANSWER
         return ReplyStart.REASONING if last.reasoning else ReplyStart.DETECT
 
-    def _add_reply(self, reply: _PartialReply, end: TokenEvent | None) -> None:
+    def _add_reply(self, reply: PartialReply, end: TokenEvent | None) -> None:
         """Add the reply to the turns. `end` is None if it ended early."""
         usage = None if end is None else end.usage
         ending = FinishReason.CANCELLED if end is None else end.finish_reason
         reply = reply.exact() if end is None else reply
         self._state = replace(self._state, usage=usage, finish_reason=ending)
         if reply.text or reply.reasoning or reply.ids or ending is FinishReason.STOP:
-            self._change(turns=self._turns_with(reply, ending, usage))
-
-    def _turns_with(
-        self, reply: _PartialReply, ending: FinishReason | None, usage: Usage | None
-    ) -> tuple[Turn, ...]:
-        """Return the turns with a new reply, or with more text in the last reply."""
-        *before, last = self.turns
-        ids = tuple(reply.ids)
-        if last.role is Role.USER:
-            return (*self.turns, Turn(Role.ASSISTANT, reply.text, ids, ending, usage, reply.reasoning))
-        wrote = reply.text or reply.reasoning
-        more = replace(
-            last,
-            content=last.content + reply.text,
-            token_ids=(*last.token_ids, *ids) if last.token_ids and (ids or not wrote) else (),
-            ending=ending,
-            usage=usage,
-            reasoning=last.reasoning + reply.reasoning,
-        )
-        return (*before, more)
+            self._change(turns=reply.added_to(self.turns, ending, usage))

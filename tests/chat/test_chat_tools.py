@@ -14,8 +14,8 @@ from support.talking import chat_with
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.one_shot import answer
+from dsmoe_local.chat.partial_reply import CallBlocks
 from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.chat.tool_calls import CallBlocks
 from dsmoe_local.cli.prompt_input import read_tools
 from dsmoe_local.engine.types import CallDelta, FinishReason, TokenEvent, Tool, Tools
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.block_files import resealed
 
 from dsmoe_local.base.errors import FileError, FormatError, LockedError
-from dsmoe_local.evaluate import reference_files
+from dsmoe_local.evaluate import reference_blocks
 from dsmoe_local.evaluate.reference_files import Prediction, PredictionReader, PredictionWriter
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_read_back_gets_no_name(tmp_path: Path, monkeypatch: pyte
     path, part = tmp_path / "ref", tmp_path / ".ref.part"
     writer = make_writer(path)
     add_one(writer, "first")
-    monkeypatch.setattr(reference_files, "sync", lambda _: part.write_bytes(part.read_bytes()[:-1]))
+    monkeypatch.setattr(reference_blocks, "sync", lambda _: part.write_bytes(part.read_bytes()[:-1]))
     for finish in (writer.finish, writer.close):
         with pytest.raises(FormatError, match="was not finished"):
             finish()
@@ -106,7 +106,7 @@ def test_a_full_disk(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     writer = make_writer(tmp_path / "ref")
     add_one(writer, "first")
     if when == "sync":
-        monkeypatch.setattr(reference_files, "sync", full_disk)
+        monkeypatch.setattr(reference_blocks, "sync", full_disk)
         with pytest.raises(FileError, match="No space left"):
             writer.finish()
     else:

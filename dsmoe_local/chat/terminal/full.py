@@ -21,6 +21,7 @@ from dsmoe_local.base.text import count
 from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.external import copy_with_tool, osc_52
+from dsmoe_local.chat.terminal.keys import key_bindings
 from dsmoe_local.chat.terminal.screen import (
     Completer,
     ReplyView,
@@ -61,6 +62,7 @@ class FullTerminal:
             colour=self.colour,
             submit=self._inputs.put,
         )
+        self._ui.app.key_bindings = key_bindings(self._ui)
 
     @property
     def width(self) -> int:

@@ -33,13 +33,7 @@ from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.display import Display
 from dsmoe_local.chat.terminal.external import Editor
-from dsmoe_local.chat.terminal.input import (
-    MessageQueue,
-    close_open_paste,
-    key_bindings,
-    open_history,
-    read_typeahead,
-)
+from dsmoe_local.chat.terminal.input import MessageQueue, close_open_paste, open_history, read_typeahead
 from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout, shorten
 from dsmoe_local.chat.terminal.renderer import (
     InlineApplication,
@@ -63,7 +57,10 @@ Action = Callable[[], None]
 
 
 class ChatUI:
-    """The application, its layout and its state. `submit` hands a message to the thread that answers."""
+    """The application, its layout and its state. `submit` hands a message to the thread that answers.
+
+    `keys` sets the key bindings of `app`.
+    """
 
     def __init__(
         self,
@@ -97,7 +94,6 @@ class ChatUI:
             layout=self.layout.layout,
             style=STYLE,
             include_default_pygments_style=False,
-            key_bindings=key_bindings(self),
             color_depth=None if colour else ColorDepth.DEPTH_1_BIT,
             erase_when_done=True,
             terminal_size_polling_interval=None,
