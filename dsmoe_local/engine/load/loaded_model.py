@@ -91,22 +91,11 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         for note in fit.notes:
             listen(progress.Note(note))
         n_context = _context_per_request(options.n_parallel, unified, fit.n_context, outline.n_context)
-        # One token more needs no warning: the last generated token is never decoded.
-        if n_context > outline.n_context + 1:
-            listen(
-                progress.Note(
-                    f"the model was trained for {outline.n_context} tokens of context, not {n_context}"
-                )
-            )
+        _note_long_context(n_context, outline.n_context, listen)
         kernels = _kernel_choice(options, file, fit, listen)
         model = _load_weights(options, file, outline, fit, kernels, listen, stop)
         made.callback(model.close)
-        if options.deterministic and not model.rewindable:
-            raise UsageError(
-                f"deterministic decoding is not possible with {outline.architecture}, a recurrent model",
-                where=options.path,
-                remedy="do not set deterministic",
-            )
+        _check_rewindable(options, outline, model)
         # This compares the file with the header that was checked. It may have been replaced since then.
         identity = exact_identity(file)
         if template is not None:
@@ -269,6 +258,12 @@ def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_train
     return min(n_context, max(n_trained, share)) if unified else share
 
 
+def _note_long_context(n_context: int, n_trained: int, listen: progress.Listener) -> None:
+    # One token more needs no warning: the last generated token is never decoded.
+    if n_context > n_trained + 1:
+        listen(progress.Note(f"the model was trained for {n_trained} tokens of context, not {n_context}"))
+
+
 def context_options(
     options: ModelOptions,
     flash_attention: str,
@@ -348,6 +343,15 @@ def _check_cache_types(options: ModelOptions, outline: ModelOutline) -> None:
             f"-ctk {key_type} -ctv {value_type}: the model stores keys and values together, in one type",
             where=str(options.path),
             remedy=f"-ctk {key_type} -ctv {key_type}",
+        )
+
+
+def _check_rewindable(options: ModelOptions, outline: ModelOutline, model: native.Model) -> None:
+    if options.deterministic and not model.rewindable:
+        raise UsageError(
+            f"deterministic decoding is not possible with {outline.architecture}, a recurrent model",
+            where=options.path,
+            remedy="do not set deterministic",
         )
 
 

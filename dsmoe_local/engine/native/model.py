@@ -68,22 +68,7 @@ class Model:
         self._place(parameters, devices, split, overrides, repacked)
         if n_experts_per_token is not None:
             self._override_active_experts(parameters, architecture, n_experts_per_token)
-        interrupted = False
-
-        def report(fraction: float, _: object) -> bool:
-            nonlocal interrupted
-            interrupted = interrupted or (progress is not None and not progress(fraction))
-            return not interrupted
-
-        self._progress = lib.llama_progress_callback(report)
-        parameters.progress_callback = self._progress
-        keep_log()
-        clear_log()
-        self.handle = lib.llama_model_load_from_file(bytes(path), parameters)
-        if not self.handle:
-            if interrupted:
-                raise InterruptedRunError("loading was interrupted")
-            raise load_error(f"llama.cpp cannot load {safe_line(path.name)}")
+        self.handle = self._load(path, parameters, progress)
         self.vocabulary = lib.llama_model_get_vocab(self.handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocabulary)
         self.n_context_trained: int = lib.llama_model_n_ctx_train(self.handle)
@@ -97,6 +82,26 @@ class Model:
         )
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self.vocabulary)
         self._pieces: dict[int, bytes] = {}
+
+    def _load(self, path: Path, parameters: Any, progress: Callable[[float], bool] | None) -> Any:  # noqa: ANN401
+        interrupted = False
+
+        def report(fraction: float, _: object) -> bool:
+            nonlocal interrupted
+            interrupted = interrupted or (progress is not None and not progress(fraction))
+            return not interrupted
+
+        # llama.cpp keeps a pointer to it.
+        self._progress = lib.llama_progress_callback(report)
+        parameters.progress_callback = self._progress
+        keep_log()
+        clear_log()
+        handle = lib.llama_model_load_from_file(bytes(path), parameters)
+        if not handle:
+            if interrupted:
+                raise InterruptedRunError("loading was interrupted")
+            raise load_error(f"llama.cpp cannot load {safe_line(path.name)}")
+        return handle
 
     def _place(
         self,
