@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsmoe_local.batch.cluster.interface import Answer, Event, Fault, Item, Joined, Lost, Report, Reported
+from dsmoe_local.batch.cluster.interface import Answer, Event, Item, Joined, Lost, Report, Reported
 from dsmoe_local.batch.lines import Line
+from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.types import ModelInfo
 
-CRASH = Fault("engine_crash_error", "engine_crash_error", "the engine was killed by SIGSEGV")
+CRASH = EngineCrashError("the engine was killed by SIGSEGV")
 INFO = ModelInfo(
     path=Path("simulated.gguf"),
     name="simulated",

@@ -14,6 +14,7 @@ Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import shlex
 import sys
@@ -47,6 +48,10 @@ class DsmoeError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(line for line in (self.what, self.where, self.remedy) if line)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # pickle would call the constructor, and those of subclasses differ.
+        return copyreg.__newobj__, (type(self),), self.__dict__
 
 
 class UsageError(DsmoeError):

@@ -16,7 +16,7 @@ from benchmarks.support.simulated_cluster import CRASH, INFO, Behaviour, Simulat
 from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Note
 from dsmoe_local.batch.cluster import interface
-from dsmoe_local.batch.cluster.interface import Fault, Item, Joined, Lost, Refused, Report, Reported
+from dsmoe_local.batch.cluster.interface import Item, Joined, Lost, Refused, Report, Reported
 from dsmoe_local.batch.cluster.run import run_on_cluster
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.lines import Line
@@ -269,7 +269,7 @@ class Scripted(SimulatedCluster):
         self.discarded.append(worker)
 
 
-MISSING = Fault("file_error", "file_error", "the model is missing", "/m.gguf", "copy it there")
+MISSING = FileError("the model is missing", where="/m.gguf", remedy="copy it there")
 
 
 def test_one_node_without_the_model(tmp_path: Path) -> None:

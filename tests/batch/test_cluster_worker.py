@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
@@ -15,12 +16,14 @@ from support.batches import GREEDY
 from support.models import tiny_model
 
 from dsmoe_local.base.durable import locked
+from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import cache_folder
-from dsmoe_local.batch.cluster.interface import Fault, Item
+from dsmoe_local.batch.cluster.interface import Item
 from dsmoe_local.batch.cluster.ray_cluster import _reason
-from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
+from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModelError, Worker, WorkerOptions
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.lines import Key, Line
+from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.identity import file_identity
@@ -80,7 +83,8 @@ def test_a_crash_and_the_next_load(worker: Worker) -> None:
     """Guards: a worker that is lost with its engine; an event of the old engine in the new one."""
     report = worker.work([item(0, prompt="signal SIGSEGV"), item(1, prompt="signal SIGSEGV")], 60.0, 0.0)
     assert report.crash is not None
-    assert (report.crash.code, "SIGSEGV" in report.crash.what) == ("engine_crash_error", True)
+    assert isinstance(report.crash, EngineCrashError)
+    assert "SIGSEGV" in report.crash.what
     assert isinstance(worker.load(), Loaded)
     assert answers(worker, item(1, prompt="abc"))[1]["text"] == "abc"
 
@@ -97,8 +101,8 @@ def test_a_model_that_is_replaced_before_the_next_load(tmp_path: Path) -> None:
     assert worker.work([item(0, prompt="signal SIGSEGV")], 60.0, 0.0).crash is not None
     path.write_bytes(content[:-1] + b"?")
     missing = worker.load()
-    assert isinstance(missing, NoModel)
-    assert missing.fault.what == "another file has the name of the model"
+    assert isinstance(missing, NoModelError)
+    assert missing.what == "another file has the name of the model"
     assert copied(worker, content) is None
     assert isinstance(worker.load(), Loaded)
     assert answers(worker, item(1, prompt="abc"))[1]["text"] == "abc"
@@ -114,13 +118,13 @@ def test_a_model_that_is_replaced_before_the_next_load(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_that_cannot_load(changes: dict[str, Any], what: str) -> None:
-    """Guards: an exception of our own classes, which another process cannot always read."""
-    fault = Worker(options(**changes), n_cpus=1).load()
-    assert isinstance(fault, Fault)
-    assert what in fault.what
+    """Guards: an exception of our own classes that another process cannot read."""
+    error = pickle.loads(pickle.dumps(Worker(options(**changes), n_cpus=1).load()))
+    assert isinstance(error, DsmoeError)
+    assert what in error.what
 
 
-def copied(worker: Worker, content: bytes, digest: str = "") -> Fault | LoadLater | None:
+def copied(worker: Worker, content: bytes, digest: str = "") -> DsmoeError | LoadLater | None:
     """Send a worker a copy in two parts."""
     name = tiny_model().name
     half = len(content) // 2
@@ -130,7 +134,7 @@ def copied(worker: Worker, content: bytes, digest: str = "") -> Fault | LoadLate
         worker.write_copy(name, content[half:]),
         worker.finish_copy(digest or blake2b(content).hexdigest()),
     ]
-    return next((fault for fault in steps if fault is not None), None)
+    return next((step for step in steps if step is not None), None)
 
 
 def test_a_model_that_is_copied(tmp_path: Path) -> None:
@@ -138,19 +142,19 @@ def test_a_model_that_is_copied(tmp_path: Path) -> None:
     away = replace(options().model, path=tmp_path / tiny_model().name)
     worker = Worker(options(model=away), n_cpus=1)
     missing = worker.load()
-    assert isinstance(missing, NoModel)
-    assert missing.fault.what == "the model is missing"
+    assert isinstance(missing, NoModelError)
+    assert missing.what == "the model is missing"
     away.path.write_bytes(b"another")
     other = worker.load()
-    assert isinstance(other, NoModel)
-    assert other.fault.what == "another file has the name of the model"
+    assert isinstance(other, NoModelError)
+    assert other.what == "another file has the name of the model"
     content = tiny_model().read_bytes()
     damaged = copied(worker, content[:-1] + b"\0\0")
-    assert isinstance(damaged, Fault)
+    assert isinstance(damaged, DsmoeError)
     assert damaged.what == "the copy of the model is not equal to it"
     # The sample of `file_identity` is equal.
     damaged = copied(worker, content, blake2b(content[1:]).hexdigest())
-    assert isinstance(damaged, Fault)
+    assert isinstance(damaged, DsmoeError)
     assert damaged.what == "the copy of the model is not equal to it"
     folder = cache_folder() / "batch-models"
     assert list(folder.iterdir()) == []
@@ -169,7 +173,7 @@ def test_a_copy_that_cannot_be_made(tmp_path: Path) -> None:
     away = replace(options().model, path=tmp_path / "away.gguf")
     worker = Worker(options(model=away), n_cpus=1)
     no_space = worker.begin_copy(1 << 60)
-    assert isinstance(no_space, Fault)
+    assert isinstance(no_space, DsmoeError)
     assert "not enough disk space" in no_space.what
     with locked(worker._copy_folder):
         assert worker.begin_copy(1) == LoadLater()

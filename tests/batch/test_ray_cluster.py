@@ -22,10 +22,10 @@ from support import hosted
 from support.batches import answer, batch, by_id, records, write_lines
 from support.models import tiny_model
 
-from dsmoe_local.base.errors import DsmoeError, MissingExtraError
+from dsmoe_local.base.errors import DsmoeError, FileError, MissingExtraError
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.cluster import ray_cluster, run
-from dsmoe_local.batch.cluster.interface import Fault, Item, Joined, Refused
+from dsmoe_local.batch.cluster.interface import Item, Joined, Refused
 from dsmoe_local.batch.cluster.placement import RayOptions
 from dsmoe_local.batch.cluster.ray_cluster import RayCluster
 from dsmoe_local.batch.cluster.ray_connection import import_ray
@@ -320,7 +320,7 @@ def test_a_minute_for_a_new_node(nodes: Nodes, tmp_path: Path, monkeypatch: pyte
         joined = None
         while joined is None:
             joined = next((event for event in cluster.poll(0.1) if isinstance(event, Joined)), None)
-        cluster._refused = Refused("another", "another node", Fault("", "", "the model is missing"))
+        cluster._refused = Refused("another", "another node", FileError("the model is missing"))
         cluster._placement.limits = {node["NodeID"]: 0 for node in cluster._ray.nodes()}
         cluster.discard(joined.worker, for_good=False)
         assert list(cluster.poll(0)) == []

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from dsmoe_local.base.errors import DsmoeError
-from dsmoe_local.batch.lines import Line, kind_of
+from dsmoe_local.batch.lines import Line
 from dsmoe_local.engine.types import ModelInfo
-from dsmoe_local.protocol.errors import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +35,6 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """A DsmoeError as data, which any process can read. `code` and `kind` are those of an error record."""
-
-    code: str
-    kind: str
-    what: str
-    where: str = ""
-    remedy: str = ""
-
-    @classmethod
-    def of(cls, error: DsmoeError) -> Fault:
-        """Return an error as data."""
-        return cls(describe(error)[0], kind_of(error), error.what, error.where, error.remedy)
-
-    @property
-    def line(self) -> str:
-        """The whole message on one line."""
-        return "; ".join(filter(None, (self.what, self.where, self.remedy)))
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """What a worker has done since its last report.
 
@@ -66,7 +44,7 @@ class Report:
     """
 
     answers: Sequence[Answer] = ()
-    crash: Fault | None = None
+    crash: DsmoeError | None = None
     n_tokens: int = 0
     progress: int = 0
 
@@ -104,7 +82,7 @@ class Refused:
 
     worker: str
     node: str
-    fault: Fault
+    error: DsmoeError
 
 
 Event: TypeAlias = Joined | Reported | Lost | Refused

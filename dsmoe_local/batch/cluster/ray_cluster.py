@@ -19,7 +19,6 @@ from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.batch.cluster.interface import (
     Event,
-    Fault,
     Item,
     Joined,
     Lost,
@@ -29,7 +28,8 @@ from dsmoe_local.batch.cluster.interface import (
 )
 from dsmoe_local.batch.cluster.placement import Node, Placement, RayOptions, no_room, node_of, waiting_note
 from dsmoe_local.batch.cluster.ray_connection import LOCAL, connect, import_ray
-from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModel, Worker, WorkerOptions
+from dsmoe_local.batch.cluster.worker import Loaded, LoadLater, NoModelError, Worker, WorkerOptions
+from dsmoe_local.engine.errors import WorkerLostError
 from dsmoe_local.model.gguf_split import read_parts
 
 _CHUNK = 16 << 20  # of a model that is copied
@@ -209,8 +209,8 @@ class RayCluster:
             return
         if self._refused is None:
             raise no_room(nodes)
-        fault = self._refused.fault
-        raise DsmoeError(f"{self._refused.node}: {fault.what}", where=fault.where, remedy=fault.remedy)
+        error = self._refused.error
+        raise DsmoeError(f"{self._refused.node}: {error.what}", where=error.where, remedy=error.remedy)
 
     def _n_workers(self, node: Node) -> int:
         return sum(member.node.id == node.id for member in self._members.values())
@@ -254,29 +254,29 @@ class RayCluster:
             member.stage, self._joined = _Stage.WORKING, True
             self._deaths.pop(member.node.id, None)
             self._events.append(Joined(member.name, member.node.name, value.info, value.capacity))
-        elif isinstance(value, NoModel) and self._options.ship_model:
+        elif isinstance(value, NoModelError) and self._options.ship_model:
             self._copy_model(member)
-        elif isinstance(value, NoModel):
-            self._refuse(member, value.fault)
+        elif isinstance(value, NoModelError):
+            self._refuse(member, value)
             self._placement.limits[member.node.id] = 0
         elif isinstance(value, LoadLater):
             self._load_later(member)
-        elif isinstance(value, Fault):
+        elif isinstance(value, DsmoeError):
             self._refuse(member, value)
         else:
             self._continue_copy(member)
 
-    def _refuse(self, member: _Member, fault: Fault) -> None:
+    def _refuse(self, member: _Member, error: DsmoeError) -> None:
         self._remove(member)
         self._placement.limits[member.node.id] = self._n_workers(member.node)
-        self._refused = Refused(member.name, member.node.name, fault)
+        self._refused = Refused(member.name, member.node.name, error)
         self._events.append(self._refused)
 
     def _lose(self, member: _Member, error: Exception) -> None:
         self._deaths[member.node.id] += member.stage is not _Stage.WORKING
         reason = _reason(error)
         if self._deaths[member.node.id] >= _MAX_DEATHS:
-            self._refuse(member, Fault("worker_lost_error", "worker_lost_error", reason))
+            self._refuse(member, WorkerLostError(reason))
         else:
             self._remove(member)
             self._events.append(Lost(member.name, member.node.name, reason))

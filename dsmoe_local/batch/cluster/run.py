@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.cluster.interface import (
     Answer,
     Cluster,
     Event,
-    Fault,
     Item,
     Joined,
     Lost,
@@ -30,15 +29,17 @@ from dsmoe_local.batch.cluster.interface import (
 )
 from dsmoe_local.batch.cluster.scheduler import Scheduler
 from dsmoe_local.batch.job import Job
+from dsmoe_local.batch.line_engine import failure_of
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.output import Record
-from dsmoe_local.batch.records import Failure
 from dsmoe_local.batch.run import MAX_AHEAD, POLL_SECONDS, REPORT_SECONDS, running
 from dsmoe_local.batch.sources import Span
 from dsmoe_local.batch.summary import BatchSummary, WorkerSummary
 from dsmoe_local.batch.writer import Acknowledgment, Records, received, record_of
+from dsmoe_local.engine.errors import WorkerLostError
 from dsmoe_local.engine.process.child import SILENT_SECONDS
 from dsmoe_local.engine.types import ModelInfo
+from dsmoe_local.protocol.errors import describe
 
 _SPEED_SECONDS = 15.0
 _MAX_SPEEDS = 4  # the speeds of more workers are shown as a range
@@ -102,7 +103,7 @@ def _announce(events: Sequence[Event], listen: Listener) -> None:
                 )
             )
         elif isinstance(event, Refused):
-            listen(Note(f"a worker on {event.node} cannot be used: {event.fault.line}"))
+            listen(Note(f"a worker on {event.node} cannot be used: {describe(event.error)[1]}"))
 
 
 @dataclass(slots=True)
@@ -177,7 +178,7 @@ class _Run:
             elif isinstance(event, Joined):
                 self._join(event)
             else:
-                reason = event.fault.line if isinstance(event, Refused) else event.reason
+                reason = describe(event.error)[1] if isinstance(event, Refused) else event.reason
                 self._lose(event.worker, event.node, reason)
 
     def _join(self, event: Joined) -> None:
@@ -269,14 +270,12 @@ class _Run:
         self._workers.pop(worker, None)
         what = f"the worker that had this line was lost, repeatedly; the last one on {node}: {reason}"
         for task in self._scheduler.lose(worker):
-            self._fail(task, Fault("worker_lost_error", "worker_lost_error", what))
+            self._fail(task, WorkerLostError(what))
 
-    def _fail(self, task: int, fault: Fault) -> None:
+    def _fail(self, task: int, error: DsmoeError) -> None:
         line = self._job.line_at(*self._entries.pop(task))
-        message = f"{line.place}: {fault.line}"
-        failure = Failure(line.id, line.number, fault.code, message, fault.kind)
         self._scheduler.fail(task)
-        self.records.add(task, record_of(self._job.options.form, line, failure))
+        self.records.add(task, record_of(self._job.options.form, line, failure_of(line, error)))
 
     def _confirm(self, seconds: float) -> None:
         """Count the records that are written; wait up to `seconds` for the first of them."""

@@ -1,6 +1,6 @@
 """A worker of a batch: an engine on some machine, which answers the lines that it is given.
 
-It runs in a process of the cluster. Errors are returned as data, because another process reads them.
+It runs in a process of the cluster. Errors are returned, not raised, because another process reads them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 from dsmoe_local import __version__
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError
 from dsmoe_local.base.paths import cache_folder
-from dsmoe_local.batch.cluster.interface import Answer, Fault, Item, Report
+from dsmoe_local.batch.cluster.interface import Answer, Item, Report
 from dsmoe_local.batch.cluster.model_copy import ModelCopy
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.line_engine import Collector, LineEngine, Result
@@ -60,18 +59,12 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class NoModel:
-    """This machine does not have the model."""
-
-    fault: Fault
-
-
-@dataclass(frozen=True, slots=True)
 class LoadLater:
     """Another run copies the model to this folder, or has just done so. `load` may find it after a while."""
 
 
-Load: TypeAlias = Loaded | NoModel | Fault
+class NoModelError(FileError):
+    """This machine does not have the model."""
 
 
 class Worker:
@@ -89,15 +82,13 @@ class Worker:
         self._n_events = 0
         self._copy: ModelCopy | None = None
 
-    def load(self) -> Load:
-        """Load the model, or load it again after a crash of the engine."""
+    def load(self) -> Loaded | DsmoeError:
+        """Load the model, or load it again after a crash of the engine. Return the error if that fails."""
         try:
             if self._engine is None:
                 _check_version(self._options.version)
             # After a crash, too: the file may have been replaced.
             path = self._find_model()
-            if isinstance(path, NoModel):
-                return path
             if self._engine is None or path != self._engine.options.path:
                 self.close()
                 self._engine = EngineClient.load(
@@ -110,7 +101,7 @@ class Worker:
             self._n_tokens = self._n_events = 0
             self._lines = LineEngine(self._engine, self._options.batch, self._finished.put)
         except DsmoeError as error:
-            return Fault.of(error)
+            return error
         return Loaded(self._engine.info, self._lines.capacity)
 
     def work(self, items: Sequence[Item], seconds: float, more_seconds: float) -> Report:
@@ -145,37 +136,38 @@ class Worker:
         if self._engine is not None:
             self._engine.close()
 
-    def begin_copy(self, n_bytes: int) -> Fault | LoadLater | None:
+    def begin_copy(self, n_bytes: int) -> DsmoeError | LoadLater | None:
         """Begin to copy the model to this machine, whose cache folder other machines may share."""
         try:
             self._copy = ModelCopy(self._copy_folder, n_bytes)
-            if not isinstance(self._find_model(), NoModel):
-                self._copy.close()
-                return LoadLater()
+            self._find_model()
+            self._copy.close()
         except LockedError:
-            return LoadLater()
+            pass
+        except NoModelError:
+            return None
         except DsmoeError as error:
-            return Fault.of(error)
-        return None
+            return error
+        return LoadLater()
 
-    def write_copy(self, name: str, content: bytes) -> Fault | None:
+    def write_copy(self, name: str, content: bytes) -> DsmoeError | None:
         """Append to a file of the copy."""
         assert self._copy is not None
         try:
             self._copy.write(name, content)
         except DsmoeError as error:
             self._copy.close()
-            return Fault.of(error)
+            return error
         return None
 
-    def finish_copy(self, digest: str) -> Fault | None:
+    def finish_copy(self, digest: str) -> DsmoeError | None:
         """Verify the copy, whose bytes have the BLAKE2b digest `digest`. `load` then uses it."""
         assert self._copy is not None
         try:
             self._copy.finish(self._options.model.path.name, self._options.identity, digest)
         except DsmoeError as error:
             self._copy.close()
-            return Fault.of(error)
+            return error
         return None
 
     def _accept(self, task: int, line: Line, result: Result, answers: list[Answer]) -> None:
@@ -194,7 +186,7 @@ class Worker:
         n_events = sum(collector.n_events for collector, _ in self._lines.running.values())
         return Report(
             answers,
-            None if error is None else Fault.of(error),
+            error,
             self._n_tokens + self._lines.n_running_tokens,
             self._n_events + n_events,
         )
@@ -203,15 +195,14 @@ class Worker:
     def _copy_folder(self) -> Path:
         return cache_folder() / "batch-models" / self._options.identity.replace(" ", "-")
 
-    def _find_model(self) -> Path | NoModel:
-        """Return the file of the model on this machine: at its own path, or a copy."""
+    def _find_model(self) -> Path:
+        """Return the file of the model on this machine: at its own path, or a copy. Raises NoModelError."""
         own = self._options.model.path
         for path in (own, self._copy_folder / own.name):
             if has_identity(path, self._options.identity):
                 return path
         what = "another file has the name of the model" if own.is_file() else "the model is missing"
-        remedy = "copy it there, or use --ship-model"
-        return NoModel(Fault.of(FileError(what, where=own, remedy=remedy)))
+        raise NoModelError(what, where=own, remedy="copy it there, or use --ship-model")
 
     def _model_options(self, path: Path) -> ModelOptions:
         """Return the options for loading the model on this machine."""
