@@ -23,6 +23,7 @@ from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import decode_text
 
+# os.path is used below, since pathlib raises for `~nobody`, and for names that are too long or have a NUL.
 MAX_BYTES = 1 << 20
 _LONGEST_NAME = 1024
 _FRAME = re.compile(rf"([^\n]{{1,{_LONGEST_NAME}}}):\n(`{{3,}})\w*(?=\n)")
@@ -66,17 +67,16 @@ class Expanded:
     missing: tuple[str, ...] = ()
 
 
-def expand(text: str, folder: Path | None = None) -> Expanded:
+def expand(text: str) -> Expanded:
     """Return `text` with the files that it mentions: `@notes.txt`, `@~/notes.txt`, `@"my notes.txt"`.
 
-    Names are relative to `folder` (None: the current one). A mention is replaced by the name. Raises what
-    `read_attachment` does.
+    A mention is replaced by the name. Raises what `read_attachment` does.
     """
     files: dict[str, Attachment] = {}
     missing: list[str] = []
 
     def name_of(match: re.Match[str]) -> str:
-        name, rest, exists = _mentioned(match, folder)
+        name, rest, exists = _mentioned(match)
         if name and match[0].startswith("\\"):
             return match[0][1:]
         if name and not exists:
@@ -84,7 +84,7 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
         if not exists:
             return match[0]
         if name not in files:
-            files[name] = read_attachment(name, folder)
+            files[name] = read_attachment(name)
         return name + rest
 
     message = _MENTION.sub(name_of, text)
@@ -92,17 +92,17 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
     return Expanded("\n\n".join([*frames, message]), tuple(files.values()), tuple(missing))
 
 
-def escaped(text: str, folder: Path | None = None, *, before: str = "") -> str:
+def escaped(text: str, *, before: str = "") -> str:
     """Return pasted `text` with a backslash before each @ that would attach a file. `before` precedes it."""
 
     def escape(match: re.Match[str]) -> str:
         pasted = match.start() >= len(before)
-        return f"\\{match[0]}" if pasted and _mentioned(match, folder)[0] else match[0]
+        return f"\\{match[0]}" if pasted and _mentioned(match)[0] else match[0]
 
     return _MENTION.sub(escape, before + text)[len(before) :]
 
 
-def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
+def split_name(argument: str) -> tuple[str, str]:
     """Return the name of a file at the beginning of `argument`, and the text after it.
 
     A name with spaces may be in double quotes. Without quotes, it is the shortest name that exists, or ends
@@ -115,19 +115,19 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
         return match[1], argument[match.end() :].strip()
     longest = argument[:_LONGEST_NAME]
     for end in (*(space.start() for space in re.finditer(r"\s", longest)), len(longest)):
-        if os.path.isfile(_path(argument[:end], folder)):
+        if os.path.isfile(os.path.expanduser(argument[:end])):
             return argument[:end], argument[end:].strip()
     return match[0], argument[match.end() :].strip()
 
 
-def read_attachment(name: str, folder: Path | None = None) -> Attachment:
+def read_attachment(name: str) -> Attachment:
     """Read a text file. FileError if it cannot be read, FormatError if it is not text, UsageError if it is
     too large.
     """
     where = safe_line(name)
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
-        descriptor = os.open(_path(name, folder), os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(os.path.expanduser(name), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise FileError("this is not a regular file", where=where)
@@ -145,18 +145,18 @@ def describe(file: Attachment) -> str:
     return f"read {safe_line(file.name, 120)}: {count(len(file.text), 'character')}"
 
 
-def _mentioned(match: re.Match[str], folder: Path | None) -> tuple[str, str, bool]:
+def _mentioned(match: re.Match[str]) -> tuple[str, str, bool]:
     """Return the name in a match, the text after it, and whether the file exists; "" for no name."""
     if match["fenced"]:
         return "", "", False
     for name, rest in _candidates(match):
-        if os.path.isfile(_path(name, folder)):
+        if os.path.isfile(os.path.expanduser(name)):
             return name, rest, True
-    meant = match["quoted"] or _meant_as_path(match["word"], folder)
+    meant = match["quoted"] or _meant_as_path(match["word"])
     return meant, "", False
 
 
-def _meant_as_path(word: str, folder: Path | None) -> str:
+def _meant_as_path(word: str) -> str:
     """Return the path in a word that is clearly meant as one, or "".
 
     It begins like a path, ends like the name of a text file, or names a folder that exists.
@@ -164,7 +164,7 @@ def _meant_as_path(word: str, folder: Path | None) -> str:
     name = word.rstrip(".,;:!?)]}>'`")
     parent = os.path.dirname(name)
     begins_or_ends = _PATH_START.match(name) or _TEXT_ENDING.search(name)
-    return name if begins_or_ends or (parent and os.path.isdir(_path(parent, folder))) else ""
+    return name if begins_or_ends or (parent and os.path.isdir(os.path.expanduser(parent))) else ""
 
 
 def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:
@@ -184,11 +184,6 @@ def _ends_a_name(word: str, place: int) -> bool:
     if character in "._-~/":
         return character == "." and not any(letter.isalnum() for letter in word[place:])
     return character in "`<>|" or unicodedata.category(character).startswith("P")
-
-
-def _path(name: str, folder: Path | None) -> str:
-    # os.path, since pathlib raises for `~nobody`, and for names that are too long or have a NUL.
-    return os.path.join(folder or "", os.path.expanduser(name))
 
 
 def framed(name: str, text: str) -> str:

@@ -26,6 +26,11 @@ from dsmoe_local.chat.commands.files import COMMANDS
 from dsmoe_local.chat.turns import Role
 
 
+@pytest.fixture(autouse=True)
+def current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("a.py", "my notes.txt", "文件.txt", "LICENSE", "sub/b.py", "c.d.e", "x(1).txt"):
@@ -60,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_mentions(message: str, names: list[str], rest: str, folder: Path) -> None:
     """Guards: the end of a sentence taken for a part of the name, or a name cut where it has dots."""
-    expanded = expand(message, folder)
+    expanded = expand(message)
     assert [file.name for file in expanded.files] == names
     frames = [f"{name}:\n```{'' if '.' not in name else name.rsplit('.')[-1]}\ntext of " for name in names]
     position = -1
@@ -92,7 +97,7 @@ def test_mentions(message: str, names: list[str], rest: str, folder: Path) -> No
 )
 def test_what_is_no_file_stays_text(message: str, folder: Path) -> None:
     """Guards: e-mail addresses, decorators and Objective-C strings taken for files, or for mistakes."""
-    expanded = expand(message, folder)
+    expanded = expand(message)
     assert expanded.text == message
     assert expanded.files == ()
 
@@ -101,7 +106,6 @@ def test_home_and_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     """Guards: `~` taken literally; names that are relative to something else."""
     monkeypatch.setenv("HOME", str(folder))
     assert expand("@~/a.py").files[0].text == "text of a.py\n"
-    monkeypatch.chdir(folder)
     assert expand("@a.py").files[0].text == "text of a.py\n"
     assert expand("@~nobody-of-that-name/x").files == ()
 
@@ -119,7 +123,7 @@ def test_home_and_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_only_texts_are_read(content: bytes, message: str, tmp_path: Path) -> None:
     """Guards: a model file in a prompt; a prompt that takes minutes to read."""
     (tmp_path / "file").write_bytes(content)
-    for attempt in (lambda: expand("see @file", tmp_path), lambda: read_attachment("file", tmp_path)):
+    for attempt in (lambda: expand("see @file"), lambda: read_attachment("file")):
         with pytest.raises(DsmoeError, match=message) as caught:
             attempt()
         assert len(str(caught.value).splitlines()) <= 3
@@ -130,16 +134,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "missing", ".", "a\0b", "x" * 300):
         with pytest.raises(FileError):
-            read_attachment(name, tmp_path)
-    assert expand("@pipe", tmp_path).files == ()
+            read_attachment(name)
+    assert expand("@pipe").files == ()
 
 
 def test_files_of_windows(tmp_path: Path) -> None:
     """Guards: carriage returns and byte order marks in the prompt; a cap that counts them wrongly."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    assert read_attachment("a.txt", tmp_path).text == "one\ntwo\n"
+    assert read_attachment("a.txt").text == "one\ntwo\n"
     (tmp_path / "b.txt").write_bytes(b"x" * MAX_BYTES)
-    assert describe(read_attachment("b.txt", tmp_path)) == "read b.txt: 1,048,576 characters"
+    assert describe(read_attachment("b.txt")) == "read b.txt: 1,048,576 characters"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -147,7 +151,7 @@ def test_files_of_windows(tmp_path: Path) -> None:
 def test_a_file_stays_within_its_frame(tmp_path: Path, content: str) -> None:
     """Guards: a file with fences whose end reads like the user's words."""
     (tmp_path / "a.md").write_text(content)
-    blocks = MarkdownIt("commonmark").parse(expand("what is @a.md", tmp_path).text)
+    blocks = MarkdownIt("commonmark").parse(expand("what is @a.md").text)
     assert [block.type for block in blocks if block.level == 0 and block.nesting >= 0] == [
         "paragraph_open",
         "fence",
@@ -170,7 +174,7 @@ def test_a_file_stays_within_its_frame(tmp_path: Path, content: str) -> None:
 )
 def test_names_before_questions(argument: str, expected: tuple[str, str], folder: Path) -> None:
     """Guards: names with spaces, which completion inserts as they are."""
-    assert split_name(argument, folder) == expected
+    assert split_name(argument) == expected
 
 
 def last_message(chat: RecordingChat) -> str:
@@ -179,9 +183,8 @@ def last_message(chat: RecordingChat) -> str:
     return turn.content
 
 
-def test_read_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_command(folder: Path) -> None:
     """Guards: a file sent without its question, or without a word on what was read."""
-    monkeypatch.chdir(folder)
     chat = RecordingChat()
     read = COMMANDS["read"].run
     read(chat.as_chat, "a.py how does it differ from @sub/b.py?")
@@ -195,9 +198,8 @@ def test_read_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read(chat.as_chat, "")
 
 
-def test_a_base_model_reads_the_text_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_model_reads_the_text_itself(folder: Path) -> None:
     """Guards: a frame around the text that a base model is to go on with."""
-    monkeypatch.chdir(folder)
     chat = RecordingChat(engine=FakeEngine(template=False))
     COMMANDS["read"].run(chat.as_chat, "a.py")
     assert last_message(chat) == "text of a.py\n"
@@ -231,7 +233,7 @@ def test_what_was_meant_as_a_file_is_told(text: str, missing: tuple[str, ...], t
     packages called files.
     """
     (tmp_path / "docs").mkdir()
-    assert expand(text, tmp_path) == Expanded(text, missing=missing)
+    assert expand(text) == Expanded(text, missing=missing)
 
 
 @pytest.mark.parametrize(
@@ -249,19 +251,19 @@ def test_what_was_meant_as_a_file_is_told(text: str, missing: tuple[str, ...], t
 )
 def test_an_at_sign_that_names_no_file(text: str, sent: str | None, folder: Path) -> None:
     """Guards: no way to write @ before a file's name; files attached for what stands in code."""
-    assert expand(text, folder) == Expanded(text if sent is None else sent)
+    assert expand(text) == Expanded(text if sent is None else sent)
 
 
 def test_a_paste_into_code_that_is_being_typed(folder: Path) -> None:
     """Guards: a backslash in code, where nothing takes it away; one in a mention of which the @ was typed."""
-    assert escaped("@a.py\n```", folder, before="```py\n") == "@a.py\n```"
-    assert escaped("a.py @a.py", folder, before="see @") == "a.py \\@a.py"
+    assert escaped("@a.py\n```", before="```py\n") == "@a.py\n```"
+    assert escaped("a.py @a.py", before="see @") == "a.py \\@a.py"
 
 
 def test_mentions_around_code(folder: Path) -> None:
     """Guards: code that takes what follows it along; three backticks amid a line taken for a fence."""
-    assert [file.name for file in expand("```\n@LICENSE\n```\nsee @a.py", folder).files] == ["a.py"]
-    assert [file.name for file in expand("```x``` or\n@a.py", folder).files] == ["a.py"]
+    assert [file.name for file in expand("```\n@LICENSE\n```\nsee @a.py").files] == ["a.py"]
+    assert [file.name for file in expand("```x``` or\n@a.py").files] == ["a.py"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -271,4 +273,4 @@ def test_mentions_around_code(folder: Path) -> None:
 def test_escaped_text_is_sent_as_it_was(folder: Path, pieces: list[str]) -> None:
     """Guards: pasted text that attaches files, is reported as one, or comes with marks of ours."""
     text = "".join(pieces)
-    assert expand(escaped(text, folder), folder) == Expanded(text)
+    assert expand(escaped(text)) == Expanded(text)

@@ -13,6 +13,7 @@ from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat import notices
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.session_settings import differences
 from dsmoe_local.chat.settings import (
     PRESETS,
     SETTINGS,
@@ -122,8 +123,7 @@ def _use(chat: Chat, name: str) -> None:
         chat.screen.notice(f"[{PRESETS}.{safe_line(name, 40)}] has unknown settings: {listed}")
     before = chat.conversation.settings
     _choose(chat, settings)
-    changed = [each for each in SETTINGS if get_setting(settings, each) != get_setting(before, each)]
-    shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changed"
+    shown = ", ".join(differences(before, settings)) or "nothing changed"
     chat.screen.notice(f"{safe_line(name, 40)}: {shown}")
 
 
