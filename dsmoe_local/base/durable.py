@@ -25,17 +25,29 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _CHECKSUM = 9  # bytes before the entry in a journal's line: the checksum and a space
 
 
-# ENOENT: in /proc and similar file systems, files cannot be made.
-_FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
+# What to do if an output cannot be written. ENOENT: in /proc and similar file systems, files cannot be made.
+_REMEDIES = {
+    **dict.fromkeys(DISK_FULL, "free some space, then run the same command to continue"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR),
+        "name an output in a folder that you may write to",
+    ),
+    errno.ENAMETOOLONG: "use a shorter name",
+}
 
 
-def writing_remedy(error: OSError) -> str:
-    """Return what to do if an output cannot be written; empty if that is not known."""
-    if error.errno in DISK_FULL:
-        return "free some space, then run the same command to continue"
-    if error.errno == errno.ENAMETOOLONG:
-        return "use a shorter name"
-    return "name an output in a folder that you may write to" if error.errno in _FOLDER_ERRORS else ""
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Raise an OSError of the block, which writes the output `out`, as FileError or NoSpaceError."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpaceError if error.errno in DISK_FULL else FileError
+        raise kind(
+            f"the output cannot be written: {error.strerror or error}",
+            where=error.filename or out,
+            remedy=_REMEDIES.get(error.errno or 0, ""),
+        ) from error
 
 
 def sync(descriptor: int) -> None:

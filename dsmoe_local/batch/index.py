@@ -52,6 +52,8 @@ CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB, failure 
 CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER, shared INTEGER);
 BEGIN;
 """
+_ADD_LINE = "INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+_ADD_WORK = "INSERT INTO work VALUES (?, ?, ?)"
 _ADD_RECORD = "INSERT INTO record (id, content, failure, n_bytes) VALUES (?, ?, ?, ?)"
 _CHANGED = """
 SELECT line.number, offset, length FROM record JOIN line ON line.id = record.id WHERE NOT EXISTS (
@@ -148,16 +150,13 @@ class Index:
 
     def add(self, span: Span, key: Key, prefixes: bytes, cost: int) -> None:
         """Append a line. `finish` must follow the last one."""
-        self._buffer.append(
-            (self._n_lines, span.number, span.offset, span.length, *_blobs(key), prefixes, cost)
-        )
+        place = (self._n_lines, span.number, span.offset, span.length)
+        self._append(_ADD_LINE, *place, *_blobs(key), prefixes, cost)
         self._n_lines += 1
-        if len(self._buffer) == _BUFFERED:
-            self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
 
     def finish(self) -> None:
         """End the list of lines."""
-        self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
+        self._insert(_ADD_LINE)
         self._execute("CREATE INDEX line_by_id ON line (id)")
 
     def equal_hashes(self) -> Iterator[Iterator[Span]]:
@@ -174,9 +173,7 @@ class Index:
 
         `resume` must follow the last one.
         """
-        self._buffer.append((*_blobs(key), failure, n_bytes))
-        if len(self._buffer) == _BUFFERED:
-            self._insert(_ADD_RECORD)
+        self._append(_ADD_RECORD, *_blobs(key), failure, n_bytes)
 
     def resume(self) -> Resumed:
         """End the list of records and mark the lines that have one."""
@@ -201,13 +198,11 @@ class Index:
             f"{_LEFT} position" if ordered else f"{_LEFT} {_GROUPS}, cost DESC, position"
         ):
             shared = min(shared_bytes(last_prefixes, prefixes), last_length, length)
-            self._buffer.append((n_lines, position, shared))
+            self._append(_ADD_WORK, n_lines, position, shared)
             n_lines += 1
             n_shared += shared
             last_prefixes, last_length = prefixes, length
-            if len(self._buffer) == _BUFFERED:
-                self._insert("INSERT INTO work VALUES (?, ?, ?)")
-        self._insert("INSERT INTO work VALUES (?, ?, ?)")
+        self._insert(_ADD_WORK)
         return Plan(n_lines, n_shared)
 
     def entry(self, task: int) -> tuple[Span, Key]:
@@ -232,6 +227,12 @@ class Index:
         """Yield the entries of up to `n_most` tasks, each with the bytes shared with the task before."""
         for shared, *span, id_hash, content in self._rows(_ENTRIES, task, task + n_most - 1):
             yield (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content))), shared
+
+    def _append(self, statement: str, *values: object) -> None:
+        """Add a row with the others of its statement. `_insert` must follow the last one."""
+        self._buffer.append(values)
+        if len(self._buffer) == _BUFFERED:
+            self._insert(statement)
 
     def _insert(self, statement: str) -> None:
         with _explained():

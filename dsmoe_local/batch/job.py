@@ -17,7 +17,7 @@ from dsmoe_local.batch.input_form import InputForm
 from dsmoe_local.batch.inputs import STDIN, opened
 from dsmoe_local.batch.journal import compare, journal_path
 from dsmoe_local.batch.lines import Key, Line
-from dsmoe_local.batch.output import Output, naming_errors
+from dsmoe_local.batch.output import Output
 from dsmoe_local.batch.parquet_input import needs_pyarrow
 from dsmoe_local.batch.parquet_output import interrupted, mark_of, write_parquet
 from dsmoe_local.batch.records import FORMATS
@@ -257,7 +257,7 @@ def prepared(
         # The journal and the lock belong to the file that the link points to.
         options = replace(options, out=options.out.resolve())
     with ExitStack() as stack:
-        with naming_errors(options.out):
+        with durable.output_errors(options.out):
             stack.enter_context(durable.locked(options.out))
         spool = stack.enter_context(spooled(options.out, stop)) if STDIN in options.sources else None
         sources = stack.enter_context(

@@ -12,14 +12,13 @@ incomplete. `open` truncates both files after the last whole record; any other d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DISK_FULL, FileError, NoSpaceError
+from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.batch import journal
 from dsmoe_local.batch.journal import Extent, Header, Settings, Visitor, journal_path
@@ -135,7 +134,7 @@ class Output:
         self._files = files = _OpenFiles(
             os.open(self.path, flags), os.open(journal_path(self.path), flags), extent
         )
-        with naming_errors(self.path):
+        with durable.output_errors(self.path):
             _truncate(files.output, extent.output)
             # What a killed run wrote may only be in the page cache. The journal is truncated after this sync:
             # it must explain every byte that the output may have after a power failure.
@@ -151,7 +150,7 @@ class Output:
         files = self._files
         if files is None:
             raise ValueError("the output is not open")
-        with naming_errors(self.path):
+        with durable.output_errors(self.path):
             try:
                 _write_group(files, records)
             except OSError:
@@ -167,7 +166,7 @@ class Output:
             return
         try:
             if files.needs_sync:
-                with naming_errors(self.path):
+                with durable.output_errors(self.path):
                     durable.sync(files.journal)
         finally:
             os.close(files.output)
@@ -217,20 +216,6 @@ def _truncate(descriptor: int, size: int) -> None:
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-@contextmanager
-def naming_errors(out: Path) -> Iterator[None]:
-    """Raise OSError as FileError or NoSpaceError with the path and what to do."""
-    try:
-        yield
-    except OSError as error:
-        kind = NoSpaceError if error.errno in DISK_FULL else FileError
-        raise kind(
-            f"the output cannot be written: {error.strerror or error}",
-            where=out,
-            remedy=durable.writing_remedy(error),
-        ) from error
 
 
 def _shown(settings: Settings, name: str) -> str:

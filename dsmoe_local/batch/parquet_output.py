@@ -17,7 +17,6 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
-from dsmoe_local.batch.output import naming_errors
 from dsmoe_local.batch.parquet_input import needs_pyarrow
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def write_parquet(
     schema = schema_of(keep, mark)
     temporary = final.with_name(f".{final.name}.part")
     listen(Started(f"writing {final.name}", records.stat().st_size))
-    with naming_errors(final), ExitStack() as stack:
+    with durable.output_errors(final), ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
         file = stack.enter_context(temporary.open("wb"))
         lines = _lines(stack.enter_context(records.open("rb")), places)

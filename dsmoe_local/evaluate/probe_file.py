@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from dsmoe_local.base.durable import require_space
+from dsmoe_local.base.durable import output_errors, require_space
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.model.ggml import GgmlType
@@ -25,7 +25,6 @@ from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_quantize.quantize import Plan, jobs_of, opened
 from dsmoe_quantize.write.encoder import TensorJob, check_job
-from dsmoe_quantize.write.output import disk_errors
 from dsmoe_quantize.write.pipeline import Effects, encode_all, n_cores
 
 TensorNames = Sequence[str]
@@ -87,7 +86,7 @@ class ProbeFile:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        with disk_errors(self.path):
+        with output_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         return self
 
@@ -103,7 +102,7 @@ class ProbeFile:
         for text in plan.notes:
             listen(Note(text))
         order = self._order.ending_in(self._source, changed_by(plan))
-        with opened(plan.file) as source, disk_errors(self.path):
+        with opened(plan.file) as source, output_errors(self.path):
             jobs = {job.name: job for job in jobs_of(plan, source)}
             # With the source's own metadata the header keeps its length, so all tensors keep their offsets.
             gguf = plan_gguf(plan.file.metadata, [jobs[name] for name in order.names])

@@ -44,7 +44,13 @@ def test_same_file_sees_through_links(tmp_path: Path) -> None:
 )
 def test_what_to_do_if_an_output_cannot_be_written(number: int, remedy: str) -> None:
     """Guards: an error of the system without advice."""
-    assert durable.writing_remedy(OSError(number, "")) == remedy
+    with pytest.raises(FileError) as refusal, durable.output_errors(Path("out.gguf")):
+        raise OSError(number, "the reason")
+    assert (refusal.value.what, refusal.value.where) == (
+        "the output cannot be written: the reason",
+        "out.gguf",
+    )
+    assert refusal.value.remedy == remedy
 
 
 def test_an_error_of_the_lock_names_the_output(tmp_path: Path) -> None:

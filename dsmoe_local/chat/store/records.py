@@ -17,7 +17,7 @@ from hashlib import blake2b
 from typing import Any, TypeAlias
 
 from dsmoe_local.base.config_file import Value
-from dsmoe_local.base.text import whole_characters
+from dsmoe_local.base.text import is_encodable, whole_characters
 from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.types import FinishReason, Usage
 
@@ -83,7 +83,7 @@ def moment(name: str, value: object) -> float:
 def text(name: str, value: object) -> str:
     """Return a text."""
     # `Database` reads invalid UTF-8 as lone surrogates.
-    if not isinstance(value, str) or not (value.isascii() or _is_whole(value)):
+    if not isinstance(value, str) or not is_encodable(value):
         raise _wrong(name, value)
     return value
 
@@ -98,14 +98,6 @@ def blob(name: str, value: object, n_bytes: int | None = None) -> bytes:
     if not isinstance(value, bytes) or n_bytes not in (None, len(value)):
         raise _wrong(name, value)
     return value
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _wrong(name: str, value: object) -> DamagedRowError:

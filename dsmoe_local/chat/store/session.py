@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.sequences import n_common
@@ -111,10 +112,7 @@ class Session:
         if self.number == 0:
             return self.stored.transcript
         with self._database.read() as connection:
-            row = connection.execute(
-                f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
-                (self.number,),
-            ).fetchone()
+            row = _row(connection, self.number)
             if row is None:
                 self.stored = Stored(Transcript())
                 return self.stored.transcript
@@ -185,10 +183,7 @@ class _Saving:
         """Write the new turns and the session's row."""
         before = self._session.stored
         turn_ids = before.turn_ids[: n_common(_all(before.transcript), _all(self._transcript))]
-        row = self._connection.execute(
-            f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
-            (self.number,),
-        ).fetchone()
+        row = _row(self._connection, self.number)
         stored = None if row is None else read_session(row)
         tree = _tree(self._connection, turn_ids[-1]) if turn_ids else None
         if tree is None:
@@ -286,11 +281,14 @@ def add_session(
 
 def seal_session(connection: sqlite3.Connection, number: int) -> None:
     """Update the seal of a session's row after a change."""
-    row = connection.execute(
-        f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
-        (number,),
-    ).fetchone()
+    row = _row(connection, number)
     connection.execute("UPDATE session SET seal = ? WHERE number = ?", (seal_of(row[:-1]), number))
+
+
+def _row(connection: sqlite3.Connection, number: int) -> Any:  # noqa: ANN401 - a tuple of SQLite's, or None
+    """Return a session's SESSION_COLUMNS; None if it does not exist."""
+    query = f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?"  # noqa: S608 - no foreign text
+    return connection.execute(query, (number,)).fetchone()
 
 
 def _branch(connection: sqlite3.Connection, session: SessionRow) -> list[TurnRow]:

@@ -35,7 +35,7 @@ from dsmoe_quantize.calibrated.network.network import Network, open_network
 from dsmoe_quantize.imatrix import MIN_IMPORTANCE
 from dsmoe_quantize.policy.choice import TensorChoice
 from dsmoe_quantize.quantize import Plan, quantize_file
-from dsmoe_quantize.write.output import Summary, disk_errors
+from dsmoe_quantize.write.output import Summary
 from dsmoe_quantize.write.pipeline import n_cores
 
 BATCH_TOKENS = 2048
@@ -83,7 +83,7 @@ def quantize_calibrated(
         "the calibration": calibration.record,
         "the tokens": calibration.tokens_digest,
     }
-    with disk_errors(out), durable.locked(folder_of(out.resolve())):
+    with durable.output_errors(out), durable.locked(folder_of(out.resolve())):
         folder = folder_of(out.resolve())
         with LayerFiles(folder, layers, shape, fingerprint, listen) as files:
             with open_network(plan.file, plan.hp) as network, torch.no_grad():

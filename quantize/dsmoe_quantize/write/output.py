@@ -10,14 +10,14 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DISK_FULL, FileError, InterruptedRunError, NoSpaceError, UsageError
+from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
@@ -97,7 +97,7 @@ def write_output(
     started = time.monotonic()
     for job in jobs:
         check_job(job)
-    with disk_errors(out):
+    with durable.output_errors(out):
         out = _checked(out, sources)
         plans = _plans(metadata, jobs, split_max_size)
         for path in final_paths(out, len(plans)):
@@ -134,7 +134,7 @@ def refuse_early(out: Path, force: bool, sources: Sequence[Path] = (), *, split:
 
     `split`: the output may be split into several files.
     """
-    with disk_errors(out):
+    with durable.output_errors(out):
         out = _checked(out, sources)
         existing = existing_splits(out) if split else [out]
         # With a journal beside it, the output may be that of a run that ended before it removed its journal.
@@ -243,17 +243,3 @@ def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         if durable.same_file(source, path):
             raise UsageError("input and output are the same file", where=source, remedy="name another output")
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn OSErrors while writing into NoSpaceError or FileError. Sources raise their own."""
-    try:
-        yield
-    except OSError as error:
-        remedy = durable.writing_remedy(error)
-        if error.errno in DISK_FULL:
-            raise NoSpaceError("the disk is full", where=out.parent, remedy=remedy) from error
-        raise FileError(
-            f"the output cannot be written: {error.strerror}", where=error.filename or out, remedy=remedy
-        ) from error
