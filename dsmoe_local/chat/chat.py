@@ -11,14 +11,14 @@ from pathlib import Path
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.paths import absolute, data_folder
-from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import attachments, multiline, notices
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
 from dsmoe_local.chat.reasoning_view import ReasoningView
-from dsmoe_local.chat.saving import CacheKeeper, Drafts
+from dsmoe_local.chat.saving import CacheKeeper, CacheStoring, Drafts
 from dsmoe_local.chat.session_settings import SessionSettings, differences
 from dsmoe_local.chat.settings import OnFull, Think
 from dsmoe_local.chat.store.sessions import Session, SessionStore
@@ -28,16 +28,12 @@ from dsmoe_local.engine.errors import EngineCrashError, PromptError
 from dsmoe_local.engine.types import FinishReason, ModelInfo, ModelOptions, TokenEvent
 
 _NEARLY_FULL = 0.85  # share of the context from which the user is warned
-_IDLE_SECONDS = 30.0  # the KV cache is stored after this time without input
-_CLOSE_SECONDS = 60.0  # the longest time that `close` waits for the current work
-_ANNOUNCED_TOKENS = 1024  # storing a cache of this size takes seconds, and is announced
 
 
 class Chat:
     """A chat. Commands use it through the protocol commands.declare.Chat.
 
-    `take` runs in one thread; `cancel`, `kill` and `status` may be called from any. A timer thread stores the
-    KV cache.
+    `take` runs in one thread; `cancel`, `kill` and `status` may be called from any.
     """
 
     def __init__(
@@ -67,17 +63,13 @@ class Chat:
         self.session: Session | None = None
         self.experts = ExpertsView(conversation.engine)
         self.finished = False
-        self._caches = caches
+        self._storing = CacheStoring(caches, conversation, lambda: self.session, screen)
         self._settings = SessionSettings(conversation.settings, fixed)
         self._drafts = Drafts() if drafts is None else drafts
         self._stats = stats
         self._warned = False  # that the context is nearly full
         self._tokens_per_second = 0.0  # of the last reply of this engine process
         self._cancelled = threading.Event()
-        # Held while an input is handled or the cache is stored.
-        self._working = threading.Lock()
-        self._idle_timer: threading.Timer | None = None
-        self._storing_cache = False
 
     def begin(
         self,
@@ -115,10 +107,7 @@ class Chat:
     def take(self, text: str) -> bool:
         """Handle one input, a command or a message, and show errors. Return False if the chat ends."""
         self._cancelled.clear()
-        self._cancel_idle_timer()
-        self._interrupt_storing()
-        with self._working:
-            self._allow_storing()
+        with self._storing.held_off():
             try:
                 self._take(text)
             except InterruptedRunError:
@@ -131,9 +120,7 @@ class Chat:
                 if isinstance(error, PromptError) and (advice := notices.how_to_make_room(self.conversation)):
                     self.screen.notice(advice)
         if not self.finished:
-            self._idle_timer = threading.Timer(_IDLE_SECONDS, self.store_while_idle)
-            self._idle_timer.daemon = True
-            self._idle_timer.start()
+            self._storing.begin_idle()
         return not self.finished
 
     def close(self, *, keep: bool = True) -> None:
@@ -141,23 +128,12 @@ class Chat:
 
         `keep` is False if a signal ends the chat: the cache is not stored.
         """
-        self._cancel_idle_timer()
-        self._interrupt_storing()
-        if keep and self._working.acquire(timeout=_CLOSE_SECONDS):
-            try:
-                self._allow_storing()
-                self._store_cache(self._announce_storing)
-            except KeyboardInterrupt:
-                self.screen.notice(
-                    "the cache is not stored: when the conversation is continued, it is read again"
-                )
-            finally:
-                self._working.release()
+        self._storing.end(keep=keep)
 
     def cancel(self) -> None:
         """Stop the running or starting reply. May be called from any thread."""
         self._cancelled.set()
-        self._interrupt_storing()
+        self._storing.interrupt()
         self.conversation.cancel()
 
     def kill(self) -> None:
@@ -229,7 +205,7 @@ class Chat:
             transcript = session.load(info.vocabulary)
             transcript = replace(transcript, system=system or transcript.system)
         if transcript.turns[: len(before)] != before:
-            self._store_cache(self._announce_storing)
+            self._storing.store()
         self.session = session
         self._settings.forget_session()
         restored = [f"model {safe_line(info.path.name, 60)}"] if own_model else []
@@ -244,7 +220,7 @@ class Chat:
     def switch_model(self, load: Callable[[], None]) -> None:
         """Continue the conversation with another model, which `load` loads. If it fails, keep the old one."""
         self.save()
-        self._store_cache(self._announce_storing)
+        self._storing.store()
         before = self.conversation.engine.info
         try:
             load()
@@ -290,26 +266,12 @@ class Chat:
         if session.model != info.name:
             notices.other_model(self.screen, self.conversation, session.model)
         session.model, session.model_path = info.name, _place_of(info)
-        if self._caches is not None:
-            self._caches.restore(self.conversation, session)
+        self._storing.restore(session)
 
     def recall(self) -> None:
         """Show the last message and reply of the session."""
         if self.session is not None:
             notices.recall(self.screen, self.conversation, self.session.name)
-
-    def store_while_idle(self) -> None:
-        """Store the KV cache in the idle timer's thread. The next input interrupts it."""
-        if not self._working.acquire(blocking=False):
-            return
-        try:
-            self._allow_storing()
-            if self._idle_timer is not None:  # None: an input has just arrived
-                self._store_cache(self._show_storing)
-        finally:
-            if self._storing_cache:
-                self._show_storing(0)
-            self._working.release()
 
     def status(self) -> Status:
         """Return the content of the status line. May be called from any thread."""
@@ -321,7 +283,7 @@ class Chat:
             n_used=conversation.n_used,
             n_context=info.n_context,
             tokens_per_second=self._tokens_per_second,
-            note="storing the cache" if self._storing_cache else "",
+            note="storing the cache" if self._storing.is_shown else "",
         )
 
     def _take(self, text: str) -> None:
@@ -412,34 +374,6 @@ class Chat:
         if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
             self.screen.notice(notices.nearly_full(share))
         self._warned = nearly
-
-    def _store_cache(self, tell: Callable[[int], None]) -> None:
-        if self._caches is not None and self.session is not None and self.session.number:
-            self._caches.keep(self.conversation, self.session, tell)
-
-    def _announce_storing(self, n_tokens: int) -> None:
-        """Announce that a large cache is stored, if the user has to wait for it."""
-        if n_tokens >= _ANNOUNCED_TOKENS:
-            self.screen.notice(f"storing the cache of {count(n_tokens, 'token')}: Ctrl-C skips it")
-
-    def _show_storing(self, n_tokens: int) -> None:
-        """Show in the status line whether a cache is being stored: 0 tokens if not."""
-        self._storing_cache = n_tokens > 0
-        # This also redraws the status line.
-        self.screen.live(None)
-
-    def _interrupt_storing(self) -> None:
-        if self._caches is not None:
-            self._caches.stop()
-
-    def _allow_storing(self) -> None:
-        if self._caches is not None:
-            self._caches.allow()
-
-    def _cancel_idle_timer(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
 
 
 def _place_of(info: ModelInfo) -> str:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.sequences import n_common
+from dsmoe_local.base.text import count
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.store.sessions import Session
 from dsmoe_local.chat.store.states import BLOCK, StateStore
 from dsmoe_local.chat.turns import Transcript
 
+if TYPE_CHECKING:
+    from dsmoe_local.chat.terminal.screen import Screen
+
 _MIN_INTERVAL = 2.0  # seconds
 _MAX_SHARE = 1 / 20  # of the time may be spent on saving, so a slow disk is written to less often
+_IDLE_SECONDS = 30.0  # the KV cache is stored after this time without input
+_CLOSE_SECONDS = 60.0  # the longest time that the end of the chat waits for the current work
+_ANNOUNCED_TOKENS = 1024  # storing a cache of this size takes seconds, and is announced
 
 
 class Drafts:
@@ -45,16 +53,12 @@ class Drafts:
 
 
 class CacheKeeper:
-    """Stores and loads the KV cache of a session. Errors are ignored, since the cache only saves time.
-
-    `stop` may be called from any thread: a running `keep` ends after the block that it is writing.
-    """
+    """Stores and loads the KV cache of a session. Errors are ignored, since the cache only saves time."""
 
     def __init__(self, states: StateStore) -> None:
         self._states = states
         # What is stored: number of the session, identity of the cache, token ids.
         self._kept: tuple[int, str, tuple[int, ...]] = (0, "", ())
-        self._stopped = threading.Event()
         # Remove what a crash left behind.
         with suppress(DsmoeError, OSError):
             states.tidy()
@@ -71,11 +75,16 @@ class CacheKeeper:
             self._kept = (session.number, identity, ids[: held - held % BLOCK])
 
     def keep(
-        self, conversation: Conversation, session: Session, tell: Callable[[int], None] = lambda n: None
+        self,
+        conversation: Conversation,
+        session: Session,
+        tell: Callable[[int], None],
+        stopped: Callable[[], bool],
     ) -> None:
         """Store the part of the session's KV cache that is not stored yet.
 
-        Before writing, `tell` is called with the number of tokens to store.
+        Before writing, `tell` is called with the number of tokens to store. Ends after the block that is
+        being written once `stopped` returns true.
         """
         engine = conversation.engine
         if conversation.unanswered or not engine.alive:
@@ -91,14 +100,107 @@ class CacheKeeper:
             def write(path: Path, start: int, end: int) -> int:
                 return engine.save_cache(path, ids[:end], start)
 
-            n_stored = self._states.keep(session.number, identity, ids, write, self._stopped.is_set)
+            n_stored = self._states.keep(session.number, identity, ids, write, stopped)
             self._kept = (session.number, identity, ids[:n_stored])
             self._states.tidy()
 
-    def stop(self) -> None:
-        """End a running `keep`, and later ones until `allow` is called."""
+
+class CacheStoring:
+    """Stores the KV cache when the chat is idle, before it changes the conversation, and when it ends.
+
+    `caches` None: nothing is stored. `session` returns the session of the chat. `is_shown`: the status line
+    tells that the cache is being stored.
+    """
+
+    def __init__(
+        self,
+        caches: CacheKeeper | None,
+        conversation: Conversation,
+        session: Callable[[], Session | None],
+        screen: Screen,
+    ) -> None:
+        self.is_shown = False
+        self._caches = caches
+        self._conversation = conversation
+        self._session = session
+        self._screen = screen
+        # Held while an input is handled or the cache is stored.
+        self._working = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._stopped = threading.Event()
+
+    @contextmanager
+    def held_off(self) -> Iterator[None]:
+        """Interrupt the storing, and keep the timer from beginning it until the block ends."""
+        self._cancel_timer()
+        self.interrupt()
+        with self._working:
+            self._stopped.clear()
+            yield
+
+    def begin_idle(self) -> None:
+        """Store the cache after a while without input, in a timer's thread."""
+        self._timer = threading.Timer(_IDLE_SECONDS, self.store_while_idle)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def store_while_idle(self) -> None:
+        """Store the cache. The next input interrupts it."""
+        if not self._working.acquire(blocking=False):
+            return
+        try:
+            self._stopped.clear()
+            if self._timer is not None:  # None: an input has just arrived
+                self._store(self._show)
+        finally:
+            if self.is_shown:
+                self._show(0)
+            self._working.release()
+
+    def store(self) -> None:
+        """Store the cache, and announce it if the user has to wait."""
+        self._store(self._announce)
+
+    def restore(self, session: Session) -> None:
+        """Load the stored KV cache of a session into the engine."""
+        if self._caches is not None:
+            self._caches.restore(self._conversation, session)
+
+    def interrupt(self) -> None:
+        """End the storing. May be called from any thread."""
         self._stopped.set()
 
-    def allow(self) -> None:
-        """Allow `keep` again."""
-        self._stopped.clear()
+    def end(self, *, keep: bool) -> None:
+        """End the storing while idle. If `keep`, store the cache unless the user presses Ctrl-C."""
+        self._cancel_timer()
+        self.interrupt()
+        if keep and self._working.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._stopped.clear()
+                self.store()
+            except KeyboardInterrupt:
+                self._screen.notice(
+                    "the cache is not stored: when the conversation is continued, it is read again"
+                )
+            finally:
+                self._working.release()
+
+    def _store(self, tell: Callable[[int], None]) -> None:
+        session = self._session()
+        if self._caches is not None and session is not None and session.number:
+            self._caches.keep(self._conversation, session, tell, self._stopped.is_set)
+
+    def _announce(self, n_tokens: int) -> None:
+        if n_tokens >= _ANNOUNCED_TOKENS:
+            self._screen.notice(f"storing the cache of {count(n_tokens, 'token')}: Ctrl-C skips it")
+
+    def _show(self, n_tokens: int) -> None:
+        """Show in the status line whether a cache is being stored: 0 tokens if not."""
+        self.is_shown = n_tokens > 0
+        # This also redraws the status line.
+        self._screen.live(None)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -176,7 +176,7 @@ def test_cache_is_kept_and_found(store: SessionStore, tmp_path: Path) -> None:
     caches = CacheKeeper(StateStore(tmp_path / "sessions"))
     chat, _ = chat_with(first, store, caches)
     chat.take("q")
-    working = chat._working
+    working = chat._storing._working
     working.acquire()
     threading.Timer(0.05, working.release).start()
     chat.close()
@@ -216,10 +216,10 @@ def test_a_message_does_not_wait_for_the_cache(store: SessionStore, tmp_path: Pa
         if n_blocks == 1:
             asking.append(threading.Thread(target=chat.take, args=("more",)))
             asking[0].start()
-            assert caches._stopped.wait(60)
+            assert chat._storing._stopped.wait(60)
 
     engine.meanwhile = ask
-    chat.store_while_idle()
+    chat._storing.store_while_idle()
     asking[0].join()
     # The block that was being written, and none behind it.
     assert [count for _, count in engine.saved] == [BLOCK, 2 * BLOCK]
@@ -277,7 +277,7 @@ def test_dead_engine_is_not_loaded_to_keep_its_cache(store: SessionStore, tmp_pa
     chat, _ = chat_with(engine, store, CacheKeeper(StateStore(tmp_path / "sessions")))
     chat.take("q")
     engine.kill()
-    chat.store_while_idle()
+    chat._storing.store_while_idle()
     chat.take("/undo")
     chat.close()
     assert engine.crashes == 0
