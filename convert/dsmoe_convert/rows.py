@@ -30,7 +30,6 @@ class StackedRows:
         self._row_bytes = parts[0].n_bytes // self._rows
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """See RowSource."""
         part, row = divmod(first_row, self._rows)
         raw = scratch[: n_rows * self._row_bytes]
         self._shards.read_into(self._parts[part], row * self._row_bytes, raw.data)

@@ -74,7 +74,7 @@ class ShardSource(Protocol):
 
 
 class LocalShards:
-    """The shards in a folder. Each is opened once and read with `pread`."""
+    """The shards in a folder, each opened once and read with `pread`. A ShardSource."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -86,7 +86,6 @@ class LocalShards:
         return list(wanted)
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-        """See ShardSource."""
         read_span(self._open(tensor.shard), self._folder / tensor.shard, tensor.offset + start, buffer)
 
     def release(self, names: Sequence[str]) -> None:
@@ -101,7 +100,6 @@ class LocalShards:
             return self._descriptors[shard]
 
     def close(self) -> None:
-        """See ShardSource."""
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)

@@ -136,7 +136,6 @@ class Core:
         return idle_operations.save_cache(self._loaded, self.scheduler.cache, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
-        """See TextEngine."""
         if not self._can_move_cache():
             return 0
         self._apply_operations()

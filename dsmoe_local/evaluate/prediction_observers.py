@@ -72,7 +72,6 @@ class PredictionRecorder(Observer):
         self._writer = PredictionWriter(self._path, outline.n_vocab)
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
-        """See Observer."""
         for block in scored_blocks(rows, logits, scored):
             predictions = [self._predict(block, j) for j in range(len(block.targets))]
             self._writer.add(block.request_id, block.index, predictions)
@@ -106,7 +105,6 @@ class PredictionRecorder(Observer):
         }
 
     def close(self) -> None:
-        """See Observer."""
         self._writer.close()
 
 
@@ -135,7 +133,6 @@ class PredictionComparer(Observer):
         self._request_kl: dict[str, Moments] = {}
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
-        """See Observer."""
         for block in scored_blocks(rows, logits, scored):
             found = [
                 (j, prediction)
@@ -184,7 +181,6 @@ class PredictionComparer(Observer):
         }
 
     def close(self) -> None:
-        """See Observer."""
         self._reference.close()
 
 

@@ -78,7 +78,6 @@ class PredictionReader(BlockReader[list[Prediction]]):
         super().__init__(path, _PREDICTIONS)
 
     def check_header(self) -> None:
-        """See BlockReader."""
         self.n_vocab = self.number("n_vocab")
 
     def find(self, request_id: str, index: int) -> Prediction | None:
@@ -87,7 +86,6 @@ class PredictionReader(BlockReader[list[Prediction]]):
         return None if found is None else found[0][found[1]]
 
     def decode(self, data: bytes, n_tokens: int) -> list[Prediction]:
-        """See BlockReader."""
         floats = np.frombuffer(data, "<f4", len(data) // 4)
         integers = floats.view("<i4")
         sizes = integers[3 * n_tokens : 4 * n_tokens].astype(np.int64)
@@ -173,7 +171,6 @@ class RoutingReader(BlockReader[Choices]):
         super().__init__(path, _ROUTING)
 
     def check_header(self) -> None:
-        """See BlockReader."""
         self.routers = Routers(*(self.number(name) for name in Routers._fields))
 
     def find(self, request_id: str, index: int) -> Choices | None:
@@ -188,7 +185,6 @@ class RoutingReader(BlockReader[Choices]):
         return Choices(block.tokens[j], block.experts[j], block.costs[j])
 
     def decode(self, data: bytes, n_tokens: int) -> Choices:
-        """See BlockReader."""
         _, n_layers, n_experts = self.routers
         n_used = int.from_bytes(data[:4], "little")
         size = 4 + 4 * n_tokens + 2 * n_tokens * n_layers * (n_used + n_experts)

@@ -95,7 +95,6 @@ class _ScoredRouting(Observer):
         raise NotImplementedError
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """See Observer."""
         self._reader.forget()
         self._tokens.clear()
         for layer in self._layers:
@@ -173,7 +172,6 @@ class RoutingRecorder(_ScoredRouting):
         self._writer = RoutingWriter(self._path, self.routers)
 
     def take(self, request_id: str, index: int, choices: Choices) -> None:
-        """See _ScoredRouting."""
         self._writer.add(request_id, index, choices)
         self._n_tokens += len(choices.tokens)
 
@@ -183,7 +181,6 @@ class RoutingRecorder(_ScoredRouting):
         return {"path": str(self._path), "tokens": self._n_tokens}
 
     def close(self) -> None:
-        """See Observer."""
         self._writer.close()
 
 
@@ -212,7 +209,6 @@ class RoutingComparer(_ScoredRouting):
         self._kl_bound = np.zeros(n_layers)
 
     def take(self, request_id: str, index: int, choices: Choices) -> None:
-        """See _ScoredRouting."""
         found = [
             (j, there)
             for j, token in enumerate(choices.tokens.tolist())
@@ -268,7 +264,6 @@ class RoutingComparer(_ScoredRouting):
         return Estimate(mean, math.sqrt(max(0.0, square - mean**2) / max(1, n - 1)))
 
     def close(self) -> None:
-        """See Observer."""
         self._reference.close()
 
 

@@ -1,7 +1,7 @@
 """Read and check the hyper-parameters and tensors of a GGUF model before native code opens the file.
 
-llama.cpp aborts on several of the values that are
-refused here, and computes wrong results with others (src/llama-model.cpp).
+llama.cpp aborts on several of the values that are refused here, and computes wrong results with others
+(src/llama-model.cpp).
 """
 
 from __future__ import annotations

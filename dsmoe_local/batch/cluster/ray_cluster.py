@@ -76,7 +76,7 @@ class _Member:
 
 
 class RayCluster:
-    """Starts workers on all nodes that have room for them, also on nodes that are added later."""
+    """A Cluster: workers on all nodes that have room for them, also on nodes that are added later."""
 
     def __init__(
         self, options: RayOptions, worker: WorkerOptions, listen: Listener, stop: threading.Event
@@ -110,11 +110,9 @@ class RayCluster:
 
     @property
     def n_starting(self) -> int:
-        """See Cluster."""
         return sum(member.stage is not _Stage.WORKING for member in self._members.values())
 
     def poll(self, seconds: float) -> Sequence[Event]:
-        """See Cluster."""
         self._start_workers()
         for member in self._members.values():
             if member.load_at < time.monotonic():
@@ -134,24 +132,20 @@ class RayCluster:
         return events
 
     def give(self, worker: str, items: Sequence[Item]) -> None:
-        """See Cluster."""
         member, n_workers = self._members[worker], len(self._members)
         more_seconds = min(_MAX_WAIT_SECONDS, n_workers * _CALL_SECONDS)
         member.call = member.actor.work.remote(items, _HEARTBEAT_SECONDS + more_seconds, more_seconds)
 
     def reload(self, worker: str) -> None:
-        """See Cluster."""
         self._load(self._members[worker])
 
     def discard(self, worker: str, *, for_good: bool) -> None:
-        """See Cluster."""
         member = self._members[worker]
         self._remove(member)
         if for_good:
             self._placement.limits[member.node.id] = self._n_workers(member.node)
 
     def close(self) -> None:
-        """See Cluster."""
         for member in list(self._members.values()):
             self._remove(member)
         self._ray.shutdown()

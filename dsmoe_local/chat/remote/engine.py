@@ -104,7 +104,6 @@ class RemoteEngine:
         return {str(each["id"]): each for each in entries if isinstance(each, dict) and "id" in each}
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
-        """See TextEngine."""
         return EventStream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
@@ -123,7 +122,6 @@ class RemoteEngine:
         return run
 
     def cancel(self, request_id: str) -> None:
-        """See TextEngine."""
         for run in list(self._running.values()):
             if run.request.id == request_id:
                 run.cancel()
@@ -134,7 +132,6 @@ class RemoteEngine:
             run.cancel()
 
     def kill(self) -> None:
-        """See ReloadableEngine."""
         self.cancel_all()
 
     def reload(
@@ -154,15 +151,12 @@ class RemoteEngine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: tuple[Tool, ...] = (),
     ) -> tuple[int, ...]:
-        """See TextEngine."""
         _refuse()
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """See TextEngine."""
         _refuse()
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """See TextEngine."""
         _refuse()
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
@@ -174,11 +168,9 @@ class RemoteEngine:
         return 0
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine."""
         _refuse()
 
     def observe(self, name: str) -> Observation:
-        """See TextEngine."""
         _refuse()
 
     def log(self) -> tuple[str, ...]:
@@ -186,7 +178,6 @@ class RemoteEngine:
         return ()
 
     def close(self) -> None:
-        """See TextEngine."""
         self.cancel_all()
 
     def __enter__(self) -> RemoteEngine:

@@ -38,24 +38,21 @@ class LiveText(Protocol):
 
 
 class DimText:
-    """Text that is shown dimmed as it is, one paragraph after another."""
+    """LiveText that is shown dimmed as it is, one paragraph after another."""
 
     def __init__(self, *, colour: bool) -> None:
         self._colour = colour
         self._rest = ""  # the line that is not complete
 
     def feed(self, piece: str, width: int) -> str:
-        """See LiveText."""
         *whole, self._rest = (self._rest + safe_text(piece)).split("\n")
         return "".join(f"{row}\n" for line in whole for row in self._rows(line, width))
 
     def finish(self, width: int) -> str:
-        """See LiveText."""
         rest, self._rest = self._rest, ""
         return "".join(f"{row}\n" for row in self._rows(rest, width)) if rest else ""
 
     def lines(self, width: int, height: int) -> list[str]:
-        """See LiveText."""
         if not self._rest or height <= 0:
             return []
         # The cost depends on the window, not on the line. The cut moves rarely: with each move, words wrap

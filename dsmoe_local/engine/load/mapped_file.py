@@ -89,7 +89,7 @@ class MappedFile:
 
 
 class MappedFiles:
-    """The mappings of all files of a model. The ranges say which file they are in."""
+    """The mappings of all files of a model, used as one MappedFile. The ranges say which file they are in."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Map the files. Raises FileError."""
@@ -98,19 +98,15 @@ class MappedFiles:
             self._mappings = mapping.pop_all()
 
     def lock(self, pages: Range) -> bool:
-        """See MappedFile."""
         return self._files[pages.part].lock(pages)
 
     def fetch(self, pages: Range) -> None:
-        """See MappedFile."""
         self._files[pages.part].fetch(pages)
 
     def touch(self, pages: Range) -> None:
-        """See MappedFile."""
         self._files[pages.part].touch(pages)
 
     def close(self) -> None:
-        """See MappedFile."""
         self._mappings.close()
 
 

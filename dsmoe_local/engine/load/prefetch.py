@@ -86,12 +86,10 @@ class Prefetch(Observer):
         self.reads_graph = bool(self.nodes)
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """See Observer."""
         self._reader.forget()
         self._resident.refresh()
 
     def close(self) -> None:
-        """See Observer."""
         self._resident.close()
 
     def _fetch_chosen(self, experts: Sequence[TensorInfo], weights: int) -> None:

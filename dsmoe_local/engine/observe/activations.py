@@ -59,7 +59,6 @@ class ActivationObserver(Observer):
         }
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """See Observer."""
         self._reader.forget()
 
     def _add(self, spec: TensorSpec) -> None:

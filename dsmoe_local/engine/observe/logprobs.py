@@ -116,7 +116,6 @@ class LogprobObserver(Observer):
         self._nll = Moments()
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
-        """See Observer."""
         for block in scored_blocks(rows, logits, scored):
             self._nll.add(-block.logprobs)
 

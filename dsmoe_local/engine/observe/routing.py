@@ -126,7 +126,6 @@ class RoutingObserver(Observer):
         }
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """See Observer."""
         self._reader.forget()
         self._chosen.clear()
         self._probabilities.clear()
