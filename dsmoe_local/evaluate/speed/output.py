@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from dsmoe_local import __version__
 from dsmoe_local.base.sizes import format_count, format_size
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.evaluate.speed.machine import Machine
 from dsmoe_local.evaluate.speed.results import ModelSpeed, Speed, deviation
 from dsmoe_local.model.split_name import model_stem
@@ -273,7 +273,7 @@ def _with_headings(columns: Iterable[_Column], row: _Row) -> str:
 
 def _about(machine: Machine, models: Sequence[ModelSpeed]) -> str:
     bandwidth = machine.bandwidth
-    threads = f"{bandwidth.n_threads} thread{'s' if bandwidth.n_threads > 1 else ''}"
+    threads = count(bandwidth.n_threads, "thread")
     speed = f"{bandwidth.bytes_per_second / 1e9:.1f} GB/s read by {threads}"
     lines = [f"memory: {speed}, the fastest pass over {format_size(bandwidth.n_bytes)}; {machine.cpu}"]
     if bandwidth.cache_bytes:

@@ -140,10 +140,8 @@ class CostModel:
 
     def figures(self, choices: Iterable[TensorChoice]) -> Figures:
         """Return the costs of tensors in the types chosen. Raises KeyError if one was not measured."""
-        total = Figures()
-        for choice in choices:
-            total += self._figures(self.file.tensors[choice.name], choice.type)
-        return total
+        each = (self._figures(self.file.tensors[choice.name], choice.type) for choice in choices)
+        return sum(each, Figures())
 
     def solve(
         self,
@@ -236,12 +234,7 @@ class CostModel:
     def _options(self, group: Group, tensors: list[TensorInfo]) -> GroupOptions:
         measured = [self.sensitivity.tensors[tensor.name].errors for tensor in tensors]
         shared = [kind for kind in measured[0] if all(kind in errors for errors in measured)]
-        found = {}
-        for kind in shared:
-            total = Figures()
-            for tensor in tensors:
-                total += self._figures(tensor, kind)
-            found[kind] = total
+        found = {kind: sum((self._figures(tensor, kind) for tensor in tensors), Figures()) for kind in shared}
         ordered = sorted(found.items(), key=lambda item: (item[1].n_bytes, item[1].error, item[0]))
         return GroupOptions(group, tuple(tensors), dict(ordered))
 
@@ -296,9 +289,7 @@ class CostModel:
         name: str,
         about: Mapping[str, str | int | float],
     ) -> Solved:
-        total = self.fixed
-        for each in self.groups:
-            total += each.options[picks[each.group]]
+        total = sum((each.options[picks[each.group]] for each in self.groups), self.fixed)
         recipe = self._recipe(picks, name, {**about, **_about_error(total.error)})
         plan = self._plan(recipe)
         prices = dict(zip(used, solution.prices, strict=True))

@@ -157,14 +157,11 @@ def _reason(
 
 def _joined(members: list[GroupOptions]) -> dict[GgmlType, Figures]:
     """Return the joint costs of each type that fits all of the groups."""
-    joined: dict[GgmlType, Figures] = {}
-    for kind in members[0].options:
-        if all(kind in each.options for each in members):
-            total = Figures()
-            for each in members:
-                total += each.options[kind]
-            joined[kind] = total
-    return joined
+    return {
+        kind: sum((each.options[kind] for each in members), Figures())
+        for kind in members[0].options
+        if all(kind in each.options for each in members)
+    }
 
 
 def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way: str) -> str:
@@ -186,8 +183,8 @@ def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way
     if way == "more":
         sign = "+" if figures.n_bytes >= here.n_bytes else "-"
         text = f"{kind.name} saves {here.error - figures.error:.1e} for {sign}{size}"
-        return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
-    text = f"{kind.name} costs {figures.error - here.error:.1e} for -{size}"
+    else:
+        text = f"{kind.name} costs {figures.error - here.error:.1e} for -{size}"
     return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
 
 

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Annotated, TypeAlias
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
+from dsmoe_local.base.sequences import runs
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_quantize.errors import WeightError
@@ -279,11 +279,10 @@ class _Trial:
 
     def _read(self, first: int, rows: Sequence[int], into: Bytes, n_bytes: int) -> None:
         done = 0
-        for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
-            numbers = [row for _, row in run]
-            part = into[done * n_bytes : (done + len(numbers)) * n_bytes]
-            part[:] = self._rows.read(first + numbers[0], len(numbers), part)
-            done += len(numbers)
+        for run in runs(rows):
+            part = into[done * n_bytes : (done + len(run)) * n_bytes]
+            part[:] = self._rows.read(first + run[0], len(run), part)
+            done += len(run)
 
     def _difference(
         self, floats: NDArray[np.float32], kind: GgmlType, weights: NDArray[np.float32] | None

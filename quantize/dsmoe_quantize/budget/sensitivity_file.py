@@ -47,7 +47,6 @@ _ANOTHER = "name another file"
 _REPLACE = "name another file, or remove this one to measure again"
 _MAX_BYTES = 1 << 26
 _SECONDS = 5.0  # between two writes
-_TYPES: Mapping[str, GgmlType] = {kind.name: kind for kind in GgmlType}
 
 
 def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensitivity:
@@ -226,9 +225,9 @@ def _by_type(where: str, found: object, kind: Any) -> dict[GgmlType, Any]:  # no
 
 def _type_of(where: str, name: object) -> GgmlType:
     """Return the type of this name."""
-    if not isinstance(name, str) or name not in _TYPES:
+    if not isinstance(name, str) or name not in GgmlType.__members__:
         raise ValueError(f"{where}: {name} is not a type")
-    return _TYPES[name]
+    return GgmlType[name]
 
 
 def _object(key: str, found: Mapping[str, Any]) -> dict[str, Any]:

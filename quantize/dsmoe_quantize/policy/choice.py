@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import group_kind_of, is_output
@@ -157,8 +157,8 @@ def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
     """Return one line for each kind of fallback among `choices`."""
     counts = Counter((each.misfit, each.type) for each in choices if each.misfit)
     return [
-        f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {kind.name} instead"
-        for (misfit, kind), count in counts.items()
+        f"{misfit}; {count(n_tensors, 'tensor')} in {kind.name} instead"
+        for (misfit, kind), n_tensors in counts.items()
     ]
 
 

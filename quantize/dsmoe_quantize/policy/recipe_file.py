@@ -22,12 +22,12 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError, file_errors
+from dsmoe_local.base.sequences import runs
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.file_type import RECIPE_NAME
 from dsmoe_local.model.ggml import GgmlType
@@ -153,11 +153,7 @@ def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
 
 def format_layers(layers: Iterable[int]) -> list[str]:
     """Return layers as ranges: 1, 2, 3 and 7 as "1-3" and "7"."""
-    words = []
-    for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
-        numbers = [number for _, number in run]
-        words.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
-    return words
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs(sorted(layers))]
 
 
 def parse_recipe(text: str, where: str) -> LayeredRecipe:
