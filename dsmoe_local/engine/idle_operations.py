@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.base.sequences import n_common
 from dsmoe_local.engine import native
 from dsmoe_local.engine.cache_file import mapped_file, open_cache, write_cache
 from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.registry import n_outputs
 from dsmoe_local.engine.schedule.cache_state import CacheState
-from dsmoe_local.engine.schedule.radix_tree import common_length
 from dsmoe_local.engine.types import ObserverOptions
 
 
@@ -52,7 +52,7 @@ def load_cache(
     with open_cache(path, loaded.info.cache_identity) as stored:
         if stored is None:
             return 0
-        common = common_length(stored.token_ids, token_ids, 0, len(token_ids))
+        common = n_common(stored.token_ids, token_ids)
         slot, held = cache.longest_idle(token_ids)
         if common <= held or held < stored.start:
             return held if common else 0

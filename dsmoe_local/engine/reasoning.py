@@ -183,7 +183,7 @@ class ReasoningFormat:
 
     def __init__(self, markers: Markers, vocabulary: Vocabulary) -> None:
         self.markers = markers
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._marker_tokens: dict[int, bytes] = {}
         for marker in markers:
             ids = self.tokenize(marker)
@@ -192,25 +192,17 @@ class ReasoningFormat:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a short text that may contain markers."""
-        return self._vocabulary.tokenize(text.encode(), special=True)
+        return self.vocabulary.tokenize(text.encode(), special=True)
 
     def piece(self, token_id: int) -> bytes:
         """Return the bytes of a token. A marker has its text, also if it is a control token."""
-        return self._marker_tokens.get(token_id) or self._vocabulary.piece(token_id)
-
-    def ends(self, token_id: int) -> bool:
-        """Return True if the token ends a reply."""
-        return self._vocabulary.ends(token_id)
-
-    def text_of(self, token_id: int) -> str:
-        """Return the text of a token, also of a control token."""
-        return self._vocabulary.text_of(token_id)
+        return self._marker_tokens.get(token_id) or self.vocabulary.piece(token_id)
 
     def guide(
         self, start: ReplyStart, prompt: Sequence[int], *, budget: int | None, constrained: bool
     ) -> ReasoningGuide:
         """Return the guide of a reply to a prompt."""
-        end = "".join(map(self.text_of, prompt[-_PROMPT_END:]))
+        end = "".join(map(self.vocabulary.text_of, prompt[-_PROMPT_END:]))
         parser = ReasoningParser(self.markers, start, end)
         return ReasoningGuide(self, parser, budget=budget, constrained=constrained)
 
@@ -250,8 +242,8 @@ class ReasoningGuide:
                 return self._force(f"{self.parser.ending}\n\n")
             if not self._constrained:
                 return None
-            ends = self._form.ends(sampled)
-            if ends or self.parser.answers_with(self._form.text_of(sampled)):
+            ends = self._form.vocabulary.ends(sampled)
+            if ends or self.parser.answers_with(self._form.vocabulary.text_of(sampled)):
                 return self._force(self.parser.ending)
             return sampled
         free = self._constrained and self.parser.undecided and self._budget != 0
@@ -259,9 +251,9 @@ class ReasoningGuide:
 
     def _may_open(self, sampled: int) -> bool:
         """Return True if the token may begin the opening marker. The rest of the marker is then forced."""
-        text = self._form.text_of(sampled)
+        text = self._form.vocabulary.text_of(sampled)
         rest = self.parser.opens_with(text)
-        if rest is None or self._form.ends(sampled):
+        if rest is None or self._form.vocabulary.ends(sampled):
             return False
         if text.strip():
             self._forced.extend(self._form.tokenize(rest) if rest else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from dsmoe_local.engine.reasoning import Parts, ReasoningParser
+from dsmoe_local.engine.reasoning import Parts, ReasoningParser, overlap
 from dsmoe_local.engine.tools.parser import ToolParser
 
 
@@ -71,15 +71,6 @@ class TextStream:
             end, self.stopped_by = min(found)
             self._held = ""
             return Parts(text[:end], new.reasoning, new.calls)
-        hold = 0 if final else self._possible_start(text)
+        hold = 0 if final else max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return Parts(text[: len(text) - hold], new.reasoning, new.calls)
-
-    def _possible_start(self, text: str) -> int:
-        """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return length
-        return 0

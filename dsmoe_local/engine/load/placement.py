@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.text import count
 from dsmoe_local.engine.types import ALL_LAYERS
 from dsmoe_local.model.ggml import Tensor
 from dsmoe_local.model.hyperparameters import ModelOutline
@@ -135,7 +136,7 @@ class Placement:
     def describe(self) -> str:
         """Return the layers, experts and bytes on each device as text for the user."""
         offloaded = [share for share in self.shares if share.weights or share.cache]
-        experts = f"the routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
+        experts = f"the routed experts of {count(self.n_cpu_moe, 'layer')}, " if self.n_cpu_moe else ""
         host = f"{self.host.name}: {_parts(self.host) if offloaded else ''}{experts}{_amounts(self.host)}"
         parts = (f"{_name(share)}: {_parts(share)}{_amounts(share)}" for share in offloaded)
         return "; ".join([*parts, host])
@@ -267,16 +268,16 @@ def _candidates(weights: WeightSizes, options: PlacementOptions, whole: bool) ->
     """
     n_layers, n_parts = len(weights.layers), weights.n_parts
 
-    def count(requested: int, most: int) -> int:
+    def resolved(requested: int, most: int) -> int:
         return most if requested == ALL_LAYERS else min(requested, most)
 
     if options.n_gpu_layers is None:
         gpu_layers: Sequence[int] = range(n_parts, -1, -1)
     else:
-        gpu_layers = [count(options.n_gpu_layers, n_parts)]
+        gpu_layers = [resolved(options.n_gpu_layers, n_parts)]
     for n_gpu in gpu_layers:
         if options.n_cpu_moe is not None:
-            yield n_gpu, count(options.n_cpu_moe, n_layers)
+            yield n_gpu, resolved(options.n_cpu_moe, n_layers)
         elif n_gpu == gpu_layers[0] and any(weights.experts):
             # First fewer experts are offloaded, then fewer layers.
             first = n_parts - n_gpu
@@ -337,17 +338,17 @@ def _placement(
     moved = [layer for layer in range(first, min(n_cpu_moe, n_layers)) if weights.experts[layer]]
     shares = []
     position = first
-    for device, count in zip(devices, split, strict=True):
-        layers = range(position, min(position + count, n_layers))
+    for device, n_items in zip(devices, split, strict=True):
+        layers = range(position, min(position + n_items, n_layers))
         held = weights.fixed.get(device.name, 0) + sum(weights.layers[layer] for layer in layers)
         held += sum(weights.experts[layer] for layer in layers if layer not in moved)
-        has_output = position <= n_layers < position + count
+        has_output = position <= n_layers < position + n_items
         held += weights.output if has_output else 0
         n_used = sum(layer < weights.n_used for layer in layers)
         cached = cache * n_used if options.offload_cache else 0
         n_apart = sum(layer in moved for layer in layers)
         shares.append(DeviceShare(device.name, n_used, held, cached, has_output, device.worker, n_apart))
-        position += count
+        position += n_items
     n_host = min(first, weights.n_used)
     held = weights.embedding + weights.fixed.get(HOST, 0)
     held += sum(weights.layers[:n_host]) + sum(weights.experts[:n_host])
@@ -356,7 +357,7 @@ def _placement(
         held += weights.output
     host = DeviceShare(HOST, n_host, held, cache * weights.n_used - sum(s.cache for s in shares), not n_gpu)
     overrides = (*options.overrides, *([(_experts_pattern(moved), HOST)] if moved else []))
-    used = [count > 0 or share.weights > 0 for share, count in zip(shares, split, strict=True)]
+    used = [n > 0 or share.weights > 0 for share, n in zip(shares, split, strict=True)]
     kept = [index for index in range(len(devices)) if used[index] or not any(used)]
     return Placement(
         n_gpu,
@@ -373,16 +374,13 @@ def _experts_pattern(layers: Sequence[int]) -> str:
     return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_(gate|up|gate_up|down)_exps\.weight$"
 
 
-def _layers(count: int) -> str:
-    return f"{count} layer{'' if count == 1 else 's'}, "
-
-
 def _name(share: DeviceShare) -> str:
     return f"worker {share.worker} ({share.name})" if share.worker else share.name
 
 
 def _parts(share: DeviceShare) -> str:
-    return (_layers(share.n_layers) if share.n_layers else "") + ("the output, " if share.has_output else "")
+    layers = f"{count(share.n_layers, 'layer')}, " if share.n_layers else ""
+    return layers + ("the output, " if share.has_output else "")
 
 
 def _amounts(share: DeviceShare) -> str:

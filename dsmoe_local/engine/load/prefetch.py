@@ -14,6 +14,7 @@ import numpy as np
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.sequences import runs
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.mapped_file import PAGE, whole_pages
 from dsmoe_local.engine.load.placement import Placement
@@ -102,8 +103,9 @@ class Prefetch(Observer):
         left = self._left
         for tensor in tensors_of_layer:
             size = tensor.n_bytes // self._n_experts
-            for first, last in _runs(chosen):
-                pages = whole_pages(tensor.offset + first * size, tensor.offset + last * size, tensor.part)
+            for run in runs(chosen):
+                start, end = (tensor.offset + edge * size for edge in (run.start, run.stop))
+                pages = whole_pages(start, end, tensor.part)
                 pages = pages._replace(end=min(pages.end, pages.start + left // PAGE * PAGE))
                 left -= pages.size
                 self._resident.files.fetch(pages)
@@ -111,14 +113,3 @@ class Prefetch(Observer):
 
 def _place_in_order(tensor: TensorInfo) -> int:
     return next(index for index, kind in enumerate(_ORDER) if kind in tensor.name)
-
-
-def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Return sorted numbers as runs of consecutive ones: the first, and the one after the last."""
-    runs: list[tuple[int, int]] = []
-    for one in ids:
-        if runs and runs[-1][1] == one:
-            runs[-1] = (runs[-1][0], one + 1)
-        else:
-            runs.append((one, one + 1))
-    return runs

@@ -8,11 +8,14 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from dsmoe_local.engine.errors import TemplateError
-from dsmoe_local.engine.reasoning import Markers
 from dsmoe_local.engine.types import Message, ToolCall
+
+if TYPE_CHECKING:  # only the template's process imports jinja2
+    from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
+    from dsmoe_local.engine.prompts.turns import Checkpoint
 
 _TOOLS = -1
 """The index in segments from the definitions of tools, which are not in a message."""
@@ -33,40 +36,6 @@ class Segment(NamedTuple):
 Segments: TypeAlias = list[Segment]
 
 
-class Rendered(Protocol):
-    """See `turns.Rendered`."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def before(self) -> str: ...
-
-    @property
-    def checkpoint(self) -> Any: ...  # noqa: ANN401 - opaque, only passed back to `begin`
-
-
-class Template(Protocol):
-    """See `sandbox.SandboxedTemplate`."""
-
-    @property
-    def markers(self) -> Markers | None: ...
-
-    @property
-    def null_content(self) -> bool: ...
-
-    def render(
-        self, messages: Sequence[dict[str, Any]], tools: object = None, *, generate: bool = True
-    ) -> str: ...
-
-    def begin(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: object = None,
-        after: Any = None,  # noqa: ANN401
-    ) -> Rendered: ...
-
-
 class Conversation:
     """A conversation to render. To find the contents, it is rendered a second time with placeholders.
 
@@ -77,7 +46,9 @@ class Conversation:
     The strings in arguments of tool calls and the descriptions in `tools` have placeholders as well.
     """
 
-    def __init__(self, template: Template, messages: Sequence[Message], tools: object = None) -> None:
+    def __init__(
+        self, template: SandboxedTemplate, messages: Sequence[Message], tools: object = None
+    ) -> None:
         self._template = template
         self._n_messages = len(messages)
         self._key = key = secrets.token_hex(8)
@@ -274,8 +245,8 @@ class _Progress:
     If `failed`, later prefixes cannot continue from them.
     """
 
-    masked: Any = None
-    real: Any = None
+    masked: Checkpoint | None = None
+    real: Checkpoint | None = None
     failed: bool = False
 
 

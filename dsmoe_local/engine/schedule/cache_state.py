@@ -5,8 +5,9 @@ A parked prefix is one that several requests shared. It is kept on a sequence id
 
 from __future__ import annotations
 
+from dsmoe_local.base.sequences import n_common
 from dsmoe_local.engine.schedule.plan import Copy, Forget, Limits, Operation
-from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
+from dsmoe_local.engine.schedule.radix_tree import RadixTree
 
 
 class CacheState:
@@ -89,10 +90,7 @@ class CacheState:
 
     def longest_idle(self, token_ids: list[int]) -> tuple[int, int]:
         """Return the slot that holds the longest prefix of `token_ids`, and the length of that prefix."""
-        common = {
-            slot: common_length(self.cells.tokens(slot), token_ids, 0, len(token_ids))
-            for slot in range(self.limits.n_slots)
-        }
+        common = {slot: n_common(self.cells.tokens(slot), token_ids) for slot in range(self.limits.n_slots)}
         slot = max(common, key=lambda slot: (common[slot], -slot))
         return slot, common[slot]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dsmoe_local.base.sequences import n_common
+
 
 class Node:
     """Consecutive cells with the same owners.
@@ -117,7 +119,7 @@ class RadixTree:
             for child in node.children:
                 if not child.exact or depth >= most or child.tokens[0] != token_ids[depth]:
                     continue
-                same = common_length(child.tokens, token_ids, depth, most)
+                same = n_common(child.tokens, token_ids, depth, most)
                 if depth + same > best:
                     best, owners = depth + same, frozenset(child.owners)
                 elif depth + same == best:
@@ -210,21 +212,3 @@ class RadixTree:
             if self._tails.get(owner) is node:
                 self._tails[owner] = rest
         return rest
-
-
-def common_length(cached: list[int], token_ids: list[int], start: int, most: int) -> int:
-    """Return the length of the common prefix of `cached` and `token_ids[start:most]`."""
-    end = min(len(cached), most - start)
-    low, step = 0, 32
-    # Comparing slices is fast. Double the step while they are equal, then bisect.
-    while low < end and cached[low : low + step] == token_ids[start + low : start + low + step]:
-        low, step = low + step, step * 2
-    high = min(end, low + step)
-    low = min(low, end)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cached[low:middle] == token_ids[start + low : start + middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

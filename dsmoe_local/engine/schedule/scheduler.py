@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from dsmoe_local.base.sequences import n_common
 from dsmoe_local.engine.schedule.cache_state import CacheState
 from dsmoe_local.engine.schedule.plan import (
     GROWTH,
@@ -24,7 +25,7 @@ from dsmoe_local.engine.schedule.plan import (
     Step,
     StepRow,
 )
-from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
+from dsmoe_local.engine.schedule.radix_tree import RadixTree
 
 _WORTH_WAITING = 16  # tokens: the shortest common prefix that a prompt waits for
 _WORTH_COPYING = 32  # tokens: the same for per-sequence caches, where a copy copies a whole cache
@@ -129,7 +130,7 @@ class Scheduler:
 
     def forget_idle(self) -> None:
         """Drop the cells of idle and parked sequences."""
-        busy = {sequence.slot for sequence in self.running}
+        busy = self._busy()
         for held in self.cells.sequences:
             if held not in busy:
                 self.cache.truncate(held, 0)
@@ -257,7 +258,7 @@ class Scheduler:
             end = min(other.n_prompt, most)
             if not other.prefilling or other.n_cached >= end or end < _WORTH_WAITING:
                 continue
-            common = common_length(other.tokens, sequence.tokens, 0, end)
+            common = n_common(other.tokens, sequence.tokens, most=end)
             if self.limits.deterministic:
                 common -= common % self.limits.n_step_tokens
             # Waiting costs nothing, since prompts are processed in their order anyway.
