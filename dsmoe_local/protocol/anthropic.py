@@ -10,7 +10,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import CallDelta, FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Choice, Delta, Reply
-from dsmoe_local.protocol.values import missing
+from dsmoe_local.protocol.values import json_object, missing
 from dsmoe_local.protocol.writers import Event
 
 _REFUSED = {
@@ -151,11 +151,7 @@ def _tool(index: int, tool: object) -> object:
 
 def _output_format(config: object) -> dict[str, Any]:
     """Return the schema that `output_config` has for the answer, in OpenAI's form."""
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise RequestError("output_config is not an object", param="output_config")
-    match config.get("format"):
+    match json_object("output_config", config).get("format"):
         case None:
             return {}
         case {"type": "json_schema", "schema": schema}:

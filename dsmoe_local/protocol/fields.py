@@ -14,7 +14,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import MAX_SEED, SamplingParameters
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.messages import messages
-from dsmoe_local.protocol.values import flag, integer, number, text
+from dsmoe_local.protocol.values import flag, integer, json_object, number, text
 
 Parts: TypeAlias = dict[str, Any]
 """Attributes of Request and of SamplingParameters, by name."""
@@ -83,12 +83,6 @@ def _prompt(key: str, value: object) -> str | tuple[int, ...]:
     return tuple(integer(key, item) for item in value)
 
 
-def _variables(key: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RequestError(f"{key} is not an object")
-    return value
-
-
 def _effort(key: str, value: object) -> Parts:
     """Read OpenAI's `reasoning_effort`. Models differ in what they make of the other levels."""
     if value != "none":
@@ -123,11 +117,9 @@ def _response_format(key: str, value: object) -> Parts:
 
 def _structured(key: str, value: object) -> Parts:
     """Read vLLM's newer form of `guided_json` and `guided_grammar`."""
-    if not isinstance(value, dict):
-        raise RequestError(f"{key} is not an object")
     known: dict[str, Reader] = {"json": _to("json_schema", _schema), "grammar": _to("grammar", text)}
     parts: Parts = {}
-    for name, part in value.items():
+    for name, part in json_object(key, value).items():
         if part is None:
             continue
         if name not in known:
@@ -160,7 +152,7 @@ HONOURED: Mapping[str, Reader] = {
     "grammar": _to("grammar", text),
     "guided_grammar": _to("grammar", text),
     "context_shift": _to("context_shift", flag),
-    "chat_template_kwargs": _to("chat_template_kwargs", _variables),
+    "chat_template_kwargs": _to("chat_template_kwargs", json_object),
     "reasoning_budget": _to("reasoning_budget", _limit),
     "reasoning_effort": _effort,
     "continue_final_message": _to("continue_final_message", flag),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Delta, Reply
-from dsmoe_local.protocol.values import missing
+from dsmoe_local.protocol.values import json_object, missing
 from dsmoe_local.protocol.writers import Event
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
@@ -33,13 +33,13 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     translated = {"input", "instructions", "text", "reasoning", "tools", *_STATEFUL, *_IGNORED}
     chat = {_RENAMED.get(key, key): value for key, value in body.items() if key not in translated}
     chat["messages"] = _messages(body)
-    form = _object("text.format", _object("text", body.get("text")).get("format"))
+    form = json_object("text.format", json_object("text", body.get("text")).get("format"))
     if form:
         # Here the parts of the schema are not wrapped once more.
         is_schema = form.get("type") == "json_schema"
         chat["response_format"] = {"type": "json_schema", "json_schema": form} if is_schema else form
     # Models differ in what they make of the other levels, which agents send with every request.
-    if _object("reasoning", body.get("reasoning")).get("effort") == "none":
+    if json_object("reasoning", body.get("reasoning")).get("effort") == "none":
         chat["reasoning_effort"] = "none"
     # Functions are not wrapped either.
     offered, choice = body.get("tools"), body.get("tool_choice")
@@ -55,15 +55,6 @@ def _wrapped(value: object) -> object:
     if not isinstance(value, dict) or value.get("type") != "function":
         return value
     return {"type": "function", "function": {key: part for key, part in value.items() if key != "type"}}
-
-
-def _object(key: str, value: object) -> dict[str, Any]:
-    """Return a value that must be an object; an empty one for null."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RequestError(f"{key} is not an object", param=key)
-    return value
 
 
 def _messages(body: Mapping[str, Any]) -> list[object]:
@@ -159,7 +150,7 @@ class ResponseWriter:
         found: list[Event] = []
         if not self._n_events:
             names = ("response.created", "response.in_progress")
-            found += [self._event(name, response=self._response([], None)) for name in names]
+            found += [self._event(name, response=self._response("in_progress")) for name in names]
         for kind, text in (("reasoning", delta.reasoning), ("message", delta.text)):
             if text:
                 if self._item.get("type") != kind:
@@ -175,11 +166,13 @@ class ResponseWriter:
 
     def end(self, reply: Reply) -> list[Event]:
         """Return the last events."""
-        finished = reply.choices[0].finish_reason is FinishReason.STOP
-        status = "completed" if finished else "incomplete"
+        status = "completed" if reply.finish_reason is FinishReason.STOP else "incomplete"
         found = [] if self._item else self._begin_item("message")
         found += self._end_item(status)
-        return [*found, self._event(f"response.{status}", response=self._response(self._items, reply))]
+        return [
+            *found,
+            self._event(f"response.{status}", response=self._response(status, self._items, _usage(reply))),
+        ]
 
     def failure(self, error: Mapping[str, Any]) -> Event:
         """Return the event for an error object."""
@@ -239,12 +232,9 @@ class ResponseWriter:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
         return {**self._item, "role": "assistant", "content": [part]}
 
-    def _response(self, output: list[dict[str, Any]], reply: Reply | None) -> dict[str, Any]:
-        status, incomplete = "in_progress", None
-        if reply is not None:
-            finished = reply.choices[0].finish_reason is FinishReason.STOP
-            status = "completed" if finished else "incomplete"
-            incomplete = None if finished else {"reason": "max_output_tokens"}
+    def _response(
+        self, status: str, output: Sequence[dict[str, Any]] = (), usage: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         return {
             "id": f"resp_{self._name}",
             "object": "response",
@@ -253,9 +243,9 @@ class ResponseWriter:
             "model": self._model,
             "output": output,
             "error": None,
-            "incomplete_details": incomplete,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             **self._echoed,
-            "usage": None if reply is None else _usage(reply),
+            "usage": usage,
         }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.errors import RequestError
@@ -52,4 +53,13 @@ def flag(key: str, value: object) -> bool:
     """Return a value that must be true or false."""
     if not isinstance(value, bool):
         raise RequestError(f"{key} is neither true nor false", param=key)
+    return value
+
+
+def json_object(key: str, value: object) -> dict[str, Any]:
+    """Return a value that must be an object; an empty one for null."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{key} is not an object", param=key)
     return value

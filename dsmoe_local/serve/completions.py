@@ -14,7 +14,7 @@ from dsmoe_local.protocol import anthropic, openai_responses
 from dsmoe_local.protocol.chunks import CompletionWriter
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.requests import check_endpoint, read_requests, unknown_fields
-from dsmoe_local.protocol.values import flag
+from dsmoe_local.protocol.values import flag, json_object
 from dsmoe_local.protocol.writers import ReplyWriter
 from dsmoe_local.serve.bodies import read_object
 from dsmoe_local.serve.reply_response import ReplyResponse
@@ -67,9 +67,7 @@ def _completion_writer(
     name: str, model: str, body: Mapping[str, Any], *, chat: bool, stream: bool, logprobs: bool
 ) -> CompletionWriter:
     """Return what writes a completion. RequestError for wrong stream_options."""
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise RequestError("stream_options is not an object", param="stream_options")
+    options = json_object("stream_options", body.get("stream_options") or None)
     if options and not stream:
         raise RequestError("stream_options is for stream: true", param="stream_options")
     usage = flag("stream_options.include_usage", options.get("include_usage") or False)
