@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dsmoe_local.base.text import safe_line
@@ -150,7 +150,7 @@ class ResponseWriter:
         found: list[Event] = []
         if not self._n_events:
             names = ("response.created", "response.in_progress")
-            found += [self._event(name, response=self._response("in_progress")) for name in names]
+            found += [self._event(name, response=self._response("in_progress", [], None)) for name in names]
         for kind, text in (("reasoning", delta.reasoning), ("message", delta.text)):
             if text:
                 if self._item.get("type") != kind:
@@ -169,10 +169,8 @@ class ResponseWriter:
         status = "completed" if reply.finish_reason is FinishReason.STOP else "incomplete"
         found = [] if self._item else self._begin_item("message")
         found += self._end_item(status)
-        return [
-            *found,
-            self._event(f"response.{status}", response=self._response(status, self._items, _usage(reply))),
-        ]
+        response = self._response(status, self._items, _usage(reply))
+        return [*found, self._event(f"response.{status}", response=response)]
 
     def failure(self, error: Mapping[str, Any]) -> Event:
         """Return the event for an error object."""
@@ -233,7 +231,7 @@ class ResponseWriter:
         return {**self._item, "role": "assistant", "content": [part]}
 
     def _response(
-        self, status: str, output: Sequence[dict[str, Any]] = (), usage: dict[str, Any] | None = None
+        self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None
     ) -> dict[str, Any]:
         return {
             "id": f"resp_{self._name}",

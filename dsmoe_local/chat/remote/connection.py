@@ -20,6 +20,9 @@ CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 900.0  # without a byte: a long prompt on a slow computer takes minutes
 _MAX_PAGE = 8 << 20  # bytes
 _CHAT = "/chat/completions"
+CHECK_URL = "check the URL: it is that of OpenAI's API, and often ends with /v1"
+TEXT_IS_KEPT = "the text so far is kept; /continue continues it"
+_CHECK = "check that the server runs, its address, and a firewall between"
 _KEY = "set DSMOE_API_KEY, or use --api-key"
 
 
@@ -30,8 +33,7 @@ class ServerError(EngineError):
 def lost_during_reply(cause: str) -> ServerError:
     """Return the error for a connection that ends within a reply."""
     return ServerError(
-        f"the connection to the server was lost during the reply: {cause}",
-        remedy="the text so far is kept; /continue continues it",
+        f"the connection to the server was lost during the reply: {cause}", remedy=TEXT_IS_KEPT
     )
 
 
@@ -139,11 +141,7 @@ class Server:
         if status == 404 and (code == "model_not_found" or "model" in message.lower()):
             return ServerError(f"the server does not have the model{said}", where=self.url)
         if status in (404, 405):
-            return ServerError(
-                f"the server has no {page}",
-                where=self.url,
-                remedy="check the URL: it is that of OpenAI's API, and often ends with /v1",
-            )
+            return ServerError(f"the server has no {page}", where=self.url, remedy=CHECK_URL)
         if status == 429:
             wait = response.getheader("retry-after", "")
             remedy = f"try again in {wait} seconds" if wait.isdigit() else "try again later"
@@ -155,9 +153,6 @@ class Server:
             return ContextLengthError(f"the message was not sent{said}", remedy="shorten it")
         who = "refuses the request" if status < 500 else "failed"
         return ServerError(f"the server {who} with status {status}{said}", where=self.url)
-
-
-_CHECK = "check that the server runs, its address, and a firewall between"
 
 
 def in_words(error: BaseException) -> str:
@@ -182,7 +177,7 @@ def _json(raw: bytes) -> Any:  # noqa: ANN401 - JSON
         raise ServerError(
             "the server sends something else than JSON",
             where=safe_line(raw[:80].decode("utf-8", "replace")),
-            remedy="check the URL: it is that of OpenAI's API, and often ends with /v1",
+            remedy=CHECK_URL,
         ) from error
 
 

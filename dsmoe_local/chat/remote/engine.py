@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.remote.connection import Server, ServerError
+from dsmoe_local.chat.remote.connection import CHECK_URL, Server, ServerError
 from dsmoe_local.chat.remote.stream import CompletionStream
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.event_stream import EventStream
@@ -99,7 +99,7 @@ class RemoteEngine:
             raise ServerError(
                 "the server sends no list of models",
                 where=f"{self.server.url}/models",
-                remedy="check the URL: it is that of OpenAI's API, and often ends with /v1",
+                remedy=CHECK_URL,
             )
         return {str(each["id"]): each for each in entries if isinstance(each, dict) and "id" in each}
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.remote.connection import ServerError, error_of, in_words, lost_during_reply
+from dsmoe_local.chat.remote.connection import (
+    TEXT_IS_KEPT,
+    ServerError,
+    error_of,
+    in_words,
+    lost_during_reply,
+)
 from dsmoe_local.engine.types import CallDelta, FinishReason, Request, TokenEvent, Usage
 
 _MAX_LINE = 16 << 20  # bytes
@@ -72,7 +78,7 @@ class CompletionStream:
         try:
             chunk = json.loads(raw)
             if error := error_of(chunk):
-                raise ServerError(f"the server ended the reply: {error[0]}", remedy=_KEPT)
+                raise ServerError(f"the server ended the reply: {error[0]}", remedy=TEXT_IS_KEPT)
             if isinstance(chunk.get("usage"), dict):
                 self._usage = chunk["usage"]
             for choice in chunk.get("choices") or ():
@@ -116,9 +122,6 @@ class CompletionStream:
             seed=self.request.sampling.seed,
             reasoning_tokens=_count(self._usage.get("completion_tokens_details"), "reasoning_tokens"),
         )
-
-
-_KEPT = "the text so far is kept; /continue continues it"
 
 
 def _data_of(body: Lines) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
 from dsmoe_local.base.durable import locked, make_folders, replace
@@ -288,16 +289,7 @@ def _record(connection: sqlite3.Connection, state: StateRow) -> bool:
     connection.execute(
         "INSERT INTO state (file, session, fingerprint, prefix, n_tokens, n_bytes, digest, used)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            state.file,
-            state.session,
-            state.fingerprint,
-            state.prefix,
-            state.n_tokens,
-            state.n_bytes,
-            state.digest,
-            state.used,
-        ),
+        astuple(state),
     )
     return True
 
