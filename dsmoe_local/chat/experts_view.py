@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.experts.activity import Activity, activity_of
 
@@ -28,7 +28,7 @@ class ExpertsView:
     crash of the engine, only what it had not reported yet is missing. `clock` returns seconds.
     """
 
-    def __init__(self, engine: TextEngine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: ReloadableEngine, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
         self.on = False
         self.reply = Activity()
@@ -65,7 +65,7 @@ class ExpertsView:
         if not self.on:
             return
         self.reply = Activity()
-        self._crashes = self._n_crashes()
+        self._crashes = self.engine.crashes
         self._latest = self._fetch() or Activity()
         self._generating = False
         self._fetched = -_FETCH_SECONDS
@@ -172,9 +172,9 @@ class ExpertsView:
         if now is None:
             return
         # A new process counts from 0.
-        restarted = self._n_crashes() != self._crashes or not now.follows(self._latest)
+        restarted = self.engine.crashes != self._crashes or not now.follows(self._latest)
         since = now if restarted else now - self._latest
-        self._crashes, self._latest = self._n_crashes(), now
+        self._crashes, self._latest = self.engine.crashes, now
         self.total += since
         if self._generating:
             self.reply += since
@@ -184,6 +184,3 @@ class ExpertsView:
             return activity_of(self.engine.observe("routing"))
         except EngineError:
             return None
-
-    def _n_crashes(self) -> int:
-        return getattr(self.engine, "crashes", 0)
