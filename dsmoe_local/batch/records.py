@@ -5,62 +5,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 from dsmoe_local.protocol.replies import Reply
-from dsmoe_local.protocol.responses import (
-    TimingRecord,
-    UsageRecord,
-    chat_scores,
-    response_body,
-    timing_record,
-    usage_record,
-)
+from dsmoe_local.protocol.responses import chat_scores, response_body, timing_record, usage_record
 from dsmoe_local.protocol.tools import call_record
-
-
-class ErrorRecord(TypedDict):
-    """Why a line has no reply. `line` counts from 1."""
-
-    code: str
-    message: str
-    line: int
-
-
-class Response(TypedDict):
-    """The response to a successful request. `body` is a chat.completion or a text_completion."""
-
-    status_code: int
-    request_id: str
-    body: dict[str, Any]
-
-
-class OpenAiRecord(TypedDict):
-    """A line of OpenAI's batch output. `kept` exists with `--keep`."""
-
-    id: str
-    custom_id: str
-    response: Response | None
-    error: ErrorRecord | None
-    kept: NotRequired[Mapping[str, Any]]
-
-
-class SimpleRecord(TypedDict):
-    """A line of `--format simple`. With `n` > 1 texts, reasoning, calls and reasons are lists.
-    `reasoning_content` and `tool_calls` exist if there are any, `logprobs` if the request asked for them,
-    `kept` with `--keep`.
-    """
-
-    id: str
-    text: str | list[str] | None
-    finish_reason: str | list[str] | None
-    usage: UsageRecord | None
-    timing: TimingRecord | None
-    error: ErrorRecord | None
-    reasoning_content: NotRequired[str | list[str]]
-    tool_calls: NotRequired[list[Any]]
-    logprobs: NotRequired[list[Any]]
-    kept: NotRequired[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,47 +26,52 @@ class Failure:
 Outcome: TypeAlias = Reply | Failure
 
 
-def openai_record(outcome: Outcome) -> OpenAiRecord:
-    """Return the record of `--format openai`."""
+def openai_record(outcome: Outcome) -> dict[str, Any]:
+    """Return the record of `--format openai`, whose body is a chat.completion or a text_completion."""
     name = uuid.uuid4().hex
-    record = OpenAiRecord(id=f"batch_req_{name}", custom_id=outcome.id, response=None, error=None)
-    if isinstance(outcome, Failure):
-        record["error"] = _error(outcome)
-    else:
+    response = None
+    if not isinstance(outcome, Failure):
         body = response_body(outcome, name)
-        record["response"] = Response(status_code=200, request_id=f"req_{name}", body=body)
-    return record
+        response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
+    error = _error(outcome)
+    return {"id": f"batch_req_{name}", "custom_id": outcome.id, "response": response, "error": error}
 
 
-def simple_record(outcome: Outcome) -> SimpleRecord:
-    """Return the record of `--format simple`."""
-    record = SimpleRecord(id=outcome.id, text=None, finish_reason=None, usage=None, timing=None, error=None)
+def simple_record(outcome: Outcome) -> dict[str, Any]:
+    """Return the record of `--format simple`. With `n` > 1, what each reply has is a list.
+
+    `reasoning_content`, `tool_calls` and `logprobs` exist if there are any.
+    """
+    record = {
+        "id": outcome.id,
+        **dict.fromkeys(("text", "finish_reason", "usage", "timing")),
+        "error": _error(outcome),
+    }
     if isinstance(outcome, Failure):
-        record["error"] = _error(outcome)
         return record
-    texts = [choice.text for choice in outcome.choices]
-    reasons = [choice.finish_reason.value for choice in outcome.choices]
-    scores = [chat_scores(choice.tokens) for choice in outcome.choices if choice.tokens is not None]
-    single = len(outcome.choices) == 1
-    record["text"] = texts[0] if single else texts
-    record["finish_reason"] = reasons[0] if single else reasons
-    record["usage"], record["timing"] = usage_record(outcome), timing_record(outcome)
-    if any(choice.reasoning for choice in outcome.choices):
-        reasoning = [choice.reasoning for choice in outcome.choices]
-        record["reasoning_content"] = reasoning[0] if single else reasoning
-    if any(choice.calls for choice in outcome.choices):
-        calls = [[call_record(call) for call in choice.calls] for choice in outcome.choices]
-        record["tool_calls"] = calls[0] if single else calls
-    if scores:
-        record["logprobs"] = scores[0] if single else scores
-    return record
+    choices = outcome.choices
+    of_each: dict[str, list[Any]] = {
+        "text": [choice.text for choice in choices],
+        "finish_reason": [choice.finish_reason.value for choice in choices],
+    }
+    if any(choice.reasoning for choice in choices):
+        of_each["reasoning_content"] = [choice.reasoning for choice in choices]
+    if any(choice.calls for choice in choices):
+        of_each["tool_calls"] = [[call_record(call) for call in choice.calls] for choice in choices]
+    if scores := [chat_scores(choice.tokens) for choice in choices if choice.tokens is not None]:
+        of_each["logprobs"] = scores
+    replies = {name: values[0] if len(choices) == 1 else values for name, values in of_each.items()}
+    return record | replies | {"usage": usage_record(outcome), "timing": timing_record(outcome)}
 
 
-FORMATS: Mapping[str, Callable[[Outcome], OpenAiRecord | SimpleRecord]] = {
+def _error(outcome: Outcome) -> dict[str, Any] | None:
+    """Return why a line has no reply; None if it has one."""
+    if not isinstance(outcome, Failure):
+        return None
+    return {"code": outcome.code, "message": outcome.message, "line": outcome.line}
+
+
+FORMATS: Mapping[str, Callable[[Outcome], dict[str, Any]]] = {
     "openai": openai_record,
     "simple": simple_record,
 }
-
-
-def _error(failure: Failure) -> ErrorRecord:
-    return ErrorRecord(code=failure.code, message=failure.message, line=failure.line)

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 from dsmoe_local.engine.types import FinishReason, TokenLogprob
 from dsmoe_local.protocol.replies import Choice, Reply, ScoredToken
 from dsmoe_local.protocol.tools import call_record
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
-
-
-class CompletionDetails(TypedDict):
-    """What completion tokens consist of, with OpenAI's names."""
-
-    reasoning_tokens: int
-
-
-class UsageRecord(TypedDict):
-    """Token counts, with OpenAI's names. The details exist if there was reasoning."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    completion_tokens_details: NotRequired[CompletionDetails]
-
-
-class TimingRecord(TypedDict):
-    """Wall time in seconds: in total from submission, for prefill, and for decoding."""
-
-    seconds: float
-    prompt_seconds: float
-    completion_seconds: float
-    tokens_per_second: float
 
 
 def response_body(reply: Reply, name: str) -> dict[str, Any]:
@@ -137,15 +113,15 @@ def finish_word(reason: FinishReason, *, calls: bool) -> Literal["stop", "length
     return "length"
 
 
-def usage_record(reply: Reply) -> UsageRecord:
-    """Return the token counts of a reply."""
-    record = UsageRecord(
-        prompt_tokens=reply.n_prompt_tokens,
-        completion_tokens=reply.n_completion_tokens,
-        total_tokens=reply.n_prompt_tokens + reply.n_completion_tokens,
-    )
+def usage_record(reply: Reply) -> dict[str, Any]:
+    """Return the token counts of a reply, with OpenAI's names. The details exist if there was reasoning."""
+    record: dict[str, Any] = {
+        "prompt_tokens": reply.n_prompt_tokens,
+        "completion_tokens": reply.n_completion_tokens,
+        "total_tokens": reply.n_prompt_tokens + reply.n_completion_tokens,
+    }
     if reply.n_reasoning_tokens:
-        record["completion_tokens_details"] = CompletionDetails(reasoning_tokens=reply.n_reasoning_tokens)
+        record["completion_tokens_details"] = {"reasoning_tokens": reply.n_reasoning_tokens}
     return record
 
 
@@ -154,11 +130,11 @@ def usage_with_details(reply: Reply) -> dict[str, Any]:
     return {**usage_record(reply), "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens}}
 
 
-def timing_record(reply: Reply) -> TimingRecord:
-    """Return the times of a reply."""
-    return TimingRecord(
-        seconds=round(reply.seconds, 4),
-        prompt_seconds=round(max(usage.prompt_seconds for usage in reply.usages), 4),
-        completion_seconds=round(max(usage.completion_seconds for usage in reply.usages), 4),
-        tokens_per_second=round(sum(usage.tokens_per_second for usage in reply.usages), 2),
-    )
+def timing_record(reply: Reply) -> dict[str, float]:
+    """Return wall times of a reply in seconds: in total from submission, for prefill, and for decoding."""
+    return {
+        "seconds": round(reply.seconds, 4),
+        "prompt_seconds": round(max(usage.prompt_seconds for usage in reply.usages), 4),
+        "completion_seconds": round(max(usage.completion_seconds for usage in reply.usages), 4),
+        "tokens_per_second": round(sum(usage.tokens_per_second for usage in reply.usages), 2),
+    }
