@@ -42,7 +42,7 @@ def simple_record(outcome: Outcome) -> dict[str, Any]:
 
     `reasoning_content`, `tool_calls` and `logprobs` exist if there are any.
     """
-    record = {
+    record: dict[str, Any] = {
         "id": outcome.id,
         **dict.fromkeys(("text", "finish_reason", "usage", "timing")),
         "error": _error(outcome),
