@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llama_cpp import __version__ as VERSION  # noqa: N812, TID251
@@ -16,6 +18,7 @@ from dsmoe_local.engine.errors import LESS_MEMORY, ModelLoadError
 __all__ = [
     "VERSION",
     "add_log",
+    "arena",
     "backend_function",
     "clear_log",
     "echo_log",
@@ -99,3 +102,18 @@ def backend_function(name: str, result: Any, *arguments: Any) -> Callable[..., A
     function = lib._lib[name]
     function.restype, function.argtypes = result, list(arguments)
     return function  # type: ignore[no-any-return]
+
+
+class _InitParameters(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@contextmanager
+def arena(size: int, *, allocate: bool) -> Iterator[int]:
+    """Give a ggml context of `size` bytes. With `allocate`, it also holds the tensors' data."""
+    init = backend_function("ggml_init", ctypes.c_void_p, _InitParameters)
+    context = init(_InitParameters(size, None, not allocate))
+    try:
+        yield context
+    finally:
+        backend_function("ggml_free", None, ctypes.c_void_p)(context)

@@ -10,19 +10,13 @@ import ctypes
 from functools import cache
 
 from dsmoe_local.engine.native.devices import cpu_device
-from dsmoe_local.engine.native.library import backend_function
+from dsmoe_local.engine.native.library import arena, backend_function
 from dsmoe_local.model.ggml import GgmlType, block_size
 
 _REPACK = b"CPU_REPACK"
-_F32, _I32 = 0, 26
 _BUFFER_OFFSET = 8  # of ggml_tensor.buffer, see `tensors`
 _N_EXPERTS = 2
 _SCRATCH = 1 << 16
-
-
-class _InitParameters(ctypes.Structure):
-    # ggml_init_params
-    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
 @cache
@@ -67,23 +61,22 @@ def can_repack(kind: GgmlType, n_columns: int, n_rows: int, *, experts: bool) ->
     if buffer_type is None or n_columns % block_size(kind):
         return False
     pointer = ctypes.c_void_p
-    init = backend_function("ggml_init", pointer, _InitParameters)
     new = backend_function(
         "ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
     )
     allocate = backend_function("ggml_backend_buft_alloc_buffer", pointer, pointer, ctypes.c_size_t)
+    free = backend_function("ggml_backend_buffer_free", None, pointer)
     supports = backend_function("ggml_backend_dev_supports_op", ctypes.c_bool, pointer, pointer)
-    context = init(_InitParameters(_SCRATCH, None, True))
-    buffer = allocate(buffer_type, 0)
-    try:
-        weight = new(context, kind, n_columns, n_rows, _N_EXPERTS if experts else 1)
-        pointer.from_address(weight + _BUFFER_OFFSET).value = buffer
-        if experts:
-            product = backend_function("ggml_mul_mat_id", pointer, *[pointer] * 4)
-            x, ids = new(context, _F32, n_columns, 1, 1), new(context, _I32, 1, 1, 1)
-            return bool(supports(cpu_device(), product(context, weight, x, ids)))
-        product = backend_function("ggml_mul_mat", pointer, *[pointer] * 3)
-        return bool(supports(cpu_device(), product(context, weight, new(context, _F32, n_columns, 1, 1))))
-    finally:
-        backend_function("ggml_backend_buffer_free", None, pointer)(buffer)
-        backend_function("ggml_free", None, pointer)(context)
+    with arena(_SCRATCH, allocate=False) as context:
+        buffer = allocate(buffer_type, 0)
+        try:
+            weight = new(context, kind, n_columns, n_rows, _N_EXPERTS if experts else 1)
+            pointer.from_address(weight + _BUFFER_OFFSET).value = buffer
+            sources = [weight, new(context, GgmlType.F32, n_columns, 1, 1)]
+            if experts:
+                sources.append(new(context, GgmlType.I32, 1, 1, 1))
+            name = "ggml_mul_mat_id" if experts else "ggml_mul_mat"
+            multiply = backend_function(name, pointer, pointer, *[pointer] * len(sources))
+            return bool(supports(cpu_device(), multiply(context, *sources)))
+        finally:
+            free(buffer)

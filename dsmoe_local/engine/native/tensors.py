@@ -15,16 +15,16 @@ import numpy.typing as npt
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.errors import NativeError
-from dsmoe_local.engine.native.library import backend_function, lib
+from dsmoe_local.engine.native.library import arena, backend_function, lib
+from dsmoe_local.model.ggml import GgmlType
 
 Array = npt.NDArray[Any]
 
 _TYPE, _BUFFER, _SIZES, _STRIDES, _SOURCES, _VIEW_SOURCE, _DATA, _NAME = 0, 8, 16, 48, 152, 232, 248, 256
-_F32, _F16, _I32 = 0, 1, 26
 _DTYPES: dict[int, np.dtype[Any]] = {
-    _F32: np.dtype(np.float32),
-    _F16: np.dtype(np.float16),
-    _I32: np.dtype(np.int32),
+    GgmlType.F32: np.dtype(np.float32),
+    GgmlType.F16: np.dtype(np.float16),
+    GgmlType.I32: np.dtype(np.int32),
 }
 
 # The whole address space as 8-byte words. Indexing it is several times faster than creating a pointer, and
@@ -88,7 +88,7 @@ def stride_of(tensor: int, dimension: int) -> int:
 
 def is_float(tensor: int) -> bool:
     """Return True if the type is F32."""
-    return ctypes.c_int32.from_address(tensor + _TYPE).value == _F32
+    return ctypes.c_int32.from_address(tensor + _TYPE).value == GgmlType.F32
 
 
 class Reader:
@@ -147,28 +147,15 @@ def check_layout() -> None:
     if ctypes.sizeof(ctypes.c_void_p) != 8 or np.dtype("=i4") != np.dtype("<i4"):
         raise UsageError("observers need a 64-bit, little-endian machine")
     overhead = backend_function("ggml_tensor_overhead", ctypes.c_size_t)
-    start = backend_function("ggml_init", ctypes.c_void_p, _InitParameters)
-    end = backend_function("ggml_free", None, ctypes.c_void_p)
-    arena = start(_InitParameters(16 * overhead() + 4096, None, False))
-    try:
-        if not _as_expected(arena):
+    with arena(16 * overhead() + 4096, allocate=True) as context:
+        if not _as_expected(context):
             raise NativeError(
                 "observers cannot read the tensors of this build of llama.cpp",
                 remedy="install the version of llama-cpp-python that this package asks for",
             )
-    finally:
-        end(arena)
 
 
-class _InitParameters(ctypes.Structure):
-    _fields_ = (
-        ("mem_size", ctypes.c_size_t),
-        ("mem_buffer", ctypes.c_void_p),
-        ("no_alloc", ctypes.c_bool),
-    )
-
-
-def _as_expected(arena: int) -> bool:
+def _as_expected(context: int) -> bool:
     """Create a matrix, rows of it and a view of them. Return True if all fields are read correctly."""
     pointer = ctypes.c_void_p
     new = backend_function(
@@ -179,9 +166,9 @@ def _as_expected(arena: int) -> bool:
     view = backend_function("ggml_view_1d", pointer, pointer, pointer, ctypes.c_int64, ctypes.c_size_t)
     set_name = backend_function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
     data = backend_function("ggml_get_data", pointer, pointer)
-    matrix, ids = new(arena, _F32, 5, 3), new_row(arena, _I32, 2)
-    rows = take(arena, matrix, ids)
-    part = view(arena, rows, 4, 8)
+    matrix, ids = new(context, GgmlType.F32, 5, 3), new_row(context, GgmlType.I32, 2)
+    rows = take(context, matrix, ids)
+    part = view(context, rows, 4, 8)
     set_name(rows, b"the rows of blk.0")
     return (
         [size_of(matrix, dimension) for dimension in range(4)] == [5, 3, 1, 1]
