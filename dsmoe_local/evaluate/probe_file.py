@@ -20,7 +20,7 @@ from typing import Self
 from dsmoe_local.base.durable import output_errors, require_space
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.ggml import GgmlType, padded
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_quantize.quantize import Plan, jobs_of, opened
@@ -38,7 +38,7 @@ def changed_by(plan: Plan) -> TensorNames:
 
 def size_of(file: GgufFile, group: TensorNames) -> tuple[int, ...]:
     """Return the padded size of a group, then of each tensor. Groups with equal results can swap places."""
-    sizes = [-(-file.tensors[name].n_bytes // file.alignment) * file.alignment for name in group]
+    sizes = [padded(file.tensors[name].n_bytes, file.alignment) for name in group]
     return (sum(sizes), *sizes)
 
 

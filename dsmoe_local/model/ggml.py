@@ -43,6 +43,11 @@ def tensor_bytes(kind: GgmlType, shape: Sequence[int]) -> int:
     return row_bytes(kind, shape[-1]) * math.prod(shape[:-1])
 
 
+def padded(n_bytes: int, alignment: int) -> int:
+    """Return `n_bytes` rounded up to a multiple of the alignment."""
+    return -(-n_bytes // alignment) * alignment
+
+
 def bits_per_weight(kind: GgmlType) -> float:
     """Return the bits that one weight takes, scales included."""
     weights, n_bytes = GGML_QUANT_SIZES[kind]

@@ -19,7 +19,7 @@ from gguf.constants import GGUFValueType
 
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, Tensor, block_size
+from dsmoe_local.model.ggml import GgmlType, Tensor, block_size, padded
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -227,7 +227,7 @@ class _Parser:
             metadata[key] = self.field(key)
         alignment = self.alignment(metadata)
         entries = [self.tensor() for _ in range(n_tensors)]
-        data_offset = -(-self.at // alignment) * alignment
+        data_offset = padded(self.at, alignment)
         tensors = self.checked_layout(entries, data_offset, alignment)
         return GgufFile(metadata, tensors, alignment, (GgufPart(self.path, data_offset, self.identity),))
 
@@ -334,5 +334,5 @@ class _Parser:
             if end + info.n_bytes > self.size:
                 self.refuse(f"a tensor ends at byte {end + info.n_bytes}, the file at {self.size}", name)
             tensors[name] = info
-            end += -(-info.n_bytes // alignment) * alignment
+            end += padded(info.n_bytes, alignment)
         return tensors

@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import TensorInfo, WriterState
 
-from dsmoe_local.model.ggml import Tensor
+from dsmoe_local.model.ggml import Tensor, padded
 from dsmoe_local.model.gguf_file import DEFAULT_ALIGNMENT, Field
 from dsmoe_local.model.gguf_split import COUNT, KEY_TYPES, N_TENSORS, NUMBER
 
@@ -60,7 +60,7 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[Tensor]) -> GgufP
     end = len(header)
     for tensor in tensors:
         offsets[tensor.name] = end
-        end += _padded(tensor.n_bytes, alignment)
+        end += padded(tensor.n_bytes, alignment)
     return GgufPlan(header, offsets, end)
 
 
@@ -100,9 +100,9 @@ def _groups(metadata: Mapping[str, Field], tensors: Sequence[Tensor], max_size: 
     for tensor in tensors:
         # An entry in the header: the name and its length, the dimensions and their number, type, and offset.
         entry = 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
-        added = entry + _padded(tensor.n_bytes, alignment)
+        added = entry + padded(tensor.n_bytes, alignment)
         # Only the first file has the metadata, and so another alignment than the default.
-        added_later = entry + _padded(tensor.n_bytes, DEFAULT_ALIGNMENT)
+        added_later = entry + padded(tensor.n_bytes, DEFAULT_ALIGNMENT)
         # The header is padded after its last entry.
         fits_later = later + added_later + DEFAULT_ALIGNMENT <= max_size
         if size + added + alignment > max_size and (groups[-1] or fits_later):
@@ -115,10 +115,6 @@ def _groups(metadata: Mapping[str, Field], tensors: Sequence[Tensor], max_size: 
 
 def _alignment(metadata: Mapping[str, Field]) -> int:
     return metadata["general.alignment"].value if "general.alignment" in metadata else DEFAULT_ALIGNMENT
-
-
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment
 
 
 def write_at(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:

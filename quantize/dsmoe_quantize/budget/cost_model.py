@@ -16,7 +16,7 @@ from functools import cached_property
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, round_up
 from dsmoe_local.model.cost import read_fraction
-from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, tensor_bytes
+from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, padded, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import is_output
@@ -179,7 +179,7 @@ class CostModel:
         slow = is_matrix and not is_fast(self.cpu, kind, tensor.shape)
         prompt, decode = self._times(tensor, kind) if is_matrix else (0.0, 0.0)
         return Figures(
-            -(-n_bytes // self._alignment) * self._alignment,
+            padded(n_bytes, self._alignment),
             n_bytes * fraction,
             tensor.n_weights * fraction if slow else 0.0,
             self._error(tensor, kind) if is_matrix else 0.0,
