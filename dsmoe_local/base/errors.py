@@ -51,7 +51,7 @@ class DsmoeError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # pickle would call the constructor, and those of subclasses differ.
-        return copyreg.__newobj__, (type(self),), self.__dict__
+        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
 
 
 class UsageError(DsmoeError):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import llama_oracle
 from tokenizers import Tokenizer
 
-from dsmoe_convert.demo import calibration, corpus
+from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.source import (
     PACKAGE,
     SHA256,
@@ -27,6 +27,7 @@ from dsmoe_convert.demo.source import (
 )
 from dsmoe_convert.demo.tokenizer_files import tokenizer_config, tokenizer_json
 from dsmoe_local.base.errors import FileError, FormatError, MissingExtraError
+from tools.calibrate_demo import corpus
 from tools.calibrate_demo.calibrate import dropped_experts, packed
 from tools.calibrate_demo.dense import DenseModel
 from tools.calibrate_demo.router import DropSets, ridge, train

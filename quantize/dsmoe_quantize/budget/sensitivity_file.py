@@ -227,7 +227,7 @@ def _type_of(where: str, name: object) -> GgmlType:
     """Return the type of this name."""
     if not isinstance(name, str) or name not in GgmlType.__members__:
         raise ValueError(f"{where}: {name} is not a type")
-    return GgmlType[name]
+    return GgmlType.__members__[name]
 
 
 def _object(key: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,11 @@ def random_rows(kind: GgmlType, n_rows: int = 48) -> NDArray[Any]:
     return encode(kind, weights, generator.random(COLUMNS, np.float32))
 
 
-def read_codes(form: BlockFormat, rows: NDArray[Any]) -> NDArray[Any]:
+def read_codes(form: BlockFormat, rows: NDArray[Any]) -> NDArray[np.uint8]:
     """Return the codes of encoded rows."""
     planes = [plane.read(form.blocks(rows)) for plane in form.codes]
-    return (np.bitwise_or.reduce(planes) ^ np.uint8(form.code_flip)).reshape(-1, COLUMNS)
+    codes: NDArray[np.uint8] = np.bitwise_or.reduce(planes) ^ np.uint8(form.code_flip)
+    return codes.reshape(-1, COLUMNS)
 
 
 def reconstructed(form: BlockFormat, rows: NDArray[Any]) -> NDArray[Any]:
