@@ -110,7 +110,8 @@ def test_words() -> None:
     assert resolve("Q4").name == "q4"
     with pytest.raises(UsageError, match="'q9' is not a type") as caught:
         resolve("q9")
-    assert all(word in caught.value.remedy for word in known_words())
+    shown = f"{caught.value.where} {caught.value.remedy}"
+    assert all(word in shown for word in known_words())
 
 
 def test_overrides() -> None:
