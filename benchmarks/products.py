@@ -35,7 +35,7 @@ from benchmarks.support.tables import show
 from dsmoe_local.engine.load.kernels import Kernels, choose_kernels
 from dsmoe_local.engine.load.machine import cpu_name, physical_cores
 from dsmoe_local.engine.native.devices import cpu_device
-from dsmoe_local.engine.native.library import backend_function
+from dsmoe_local.engine.native.library import arena, backend_function
 from dsmoe_local.engine.native.repack import can_repack, repack_buffer
 from dsmoe_local.model.ggml import GgmlType, block_size, tensor_bytes
 from dsmoe_local.model.gguf_file import TensorInfo
@@ -45,7 +45,6 @@ _PROMPT, _CHOSEN = 512, 6
 _WORKING_SET = 192 << 20
 """Bytes of weights that decoding goes through: more than the caches hold."""
 _PLAIN, _REPACKED = "plain", "repacked"
-_F32, _I32 = 0, 26
 _CONTEXT_BYTES = 1 << 22
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 
@@ -71,11 +70,6 @@ ROLES = (
 )
 
 
-class _Parameters(ctypes.Structure):
-    # ggml_init_params
-    _fields_ = [("size", _SIZE), ("buffer", _POINTER), ("no_alloc", ctypes.c_bool)]
-
-
 _SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "backend_alloc_ctx_tensors_from_buft": (_POINTER, _POINTER, _POINTER),
     "backend_buffer_free": (None, _POINTER),
@@ -86,8 +80,6 @@ _SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "backend_reg_get_proc_address": (_POINTER, _POINTER, ctypes.c_char_p),
     "backend_tensor_set": (None, _POINTER, _POINTER, _SIZE, _SIZE),
     "build_forward_expand": (None, _POINTER, _POINTER),
-    "free": (None, _POINTER),
-    "init": (_POINTER, _Parameters),
     "mul_mat": (_POINTER, _POINTER, _POINTER, _POINTER),
     "mul_mat_id": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
     "nbytes": (_SIZE, _POINTER),
@@ -111,16 +103,6 @@ def _backend(n_threads: int) -> int:
     address = ggml("backend_reg_get_proc_address")(registry, b"ggml_backend_set_n_threads")
     ctypes.CFUNCTYPE(None, _POINTER, _INT)(address)(backend, n_threads)
     return backend
-
-
-@contextmanager
-def _context() -> Iterator[int]:
-    """Provide a ggml context for tensors without data."""
-    context = ggml("init")(_Parameters(_CONTEXT_BYTES, None, True))
-    try:
-        yield context
-    finally:
-        ggml("free")(context)
 
 
 def _tensor(context: int, kind: int, *sizes: int) -> int:
@@ -153,7 +135,7 @@ class Product:
 
     def picoseconds(self, n_tokens: int, n_products: int, rounds: int) -> float:
         """Return the time of one weight and token: the fastest of the rounds, after a warm-up."""
-        with _context() as context:
+        with arena(_CONTEXT_BYTES, allocate=False) as context:
             graph = ggml("new_graph")(context)
             inputs = [
                 self._add(context, graph, self.weights[at % len(self.weights)], n_tokens)
@@ -172,10 +154,10 @@ class Product:
         if self.role.is_experts:
             # Down projections have an input for each chosen expert, the others have one for all.
             inner = _CHOSEN if n_rows > n_columns else 1
-            activations = _tensor(context, _F32, n_columns, inner, n_tokens)
-            inputs, name = [activations, _tensor(context, _I32, _CHOSEN, n_tokens)], "mul_mat_id"
+            activations = _tensor(context, GgmlType.F32, n_columns, inner, n_tokens)
+            inputs, name = [activations, _tensor(context, GgmlType.I32, _CHOSEN, n_tokens)], "mul_mat_id"
         else:
-            inputs, name = [_tensor(context, _F32, n_columns, n_tokens)], "mul_mat"
+            inputs, name = [_tensor(context, GgmlType.F32, n_columns, n_tokens)], "mul_mat"
         ggml("build_forward_expand")(graph, ggml(name)(context, weight, *inputs))
         return inputs
 
@@ -215,7 +197,7 @@ def measure(
     """Return picoseconds for each weight and token: of a prompt, and of decoding."""
     n_bytes = tensor_bytes(kind, role.shape)
     data = np.resize(encoded(kind, role.shape[-1], pool), n_bytes)
-    with _context() as context:
+    with arena(_CONTEXT_BYTES, allocate=False) as context:
         weights = [_tensor(context, kind, *role.shape[::-1]) for _ in range(-(-_WORKING_SET // n_bytes))]
         with _allocated(context, buffer_type):
             for weight in weights:

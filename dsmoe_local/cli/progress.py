@@ -25,7 +25,7 @@ T = TypeVar("T")
 _LINE_SECONDS = 30.0
 """The time between two lines of progress in a file or a pipe."""
 _SAME_SECONDS = 1.0
-"""Signals within this time of the first one mean the same."""
+"""Signals within this time of the first one are ignored: a double Ctrl-C is one interruption."""
 
 
 class ProgressView:
@@ -145,7 +145,7 @@ def run_with_progress(
     """Call `work` with a listener that shows its progress, and with `stop` or a new event.
 
     SIGINT and SIGTERM set the event. `work` then raises InterruptedRunError, which gets the exit status of
-    the signal. A later signal ends the process at once, but one within a second is that of a double Ctrl-C.
+    the signal. A second signal ends the process at once, unless it follows within a second.
     """
     view = ProgressView(console(stderr=True, soft_wrap=True))
     stop = stop or threading.Event()

@@ -178,7 +178,8 @@ def _output(model: str, named: Sequence[Path]) -> Path | None:
     wanted = next((words[path.name.casefold()] for path in named if path.name.casefold() in words), None)
     if wanted is None:
         raise UsageError("two outputs are named", remedy="name one")
-    command = ["dsmoe", "quantize", model, str(named[0]), "--type", wanted]
+    out = [str(path) for path in named[:1] if path.name.casefold() not in words]
+    command = ["dsmoe", "quantize", model, *out, "--type", wanted]
     raise UsageError(f"the type {wanted} is not an argument here, but an option", remedy=shlex.join(command))
 
 

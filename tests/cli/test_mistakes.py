@@ -114,6 +114,13 @@ def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
             ],
         ),
         (
+            ("quantize", "in.gguf", "Q4_K_M", "8"),
+            [
+                "the type Q4_K_M is not an argument here, but an option",
+                "dsmoe quantize in.gguf --type Q4_K_M",
+            ],
+        ),
+        (
             ("quantize", "--calibrate", "model.gguf", "--type", "q4"),
             ["Invalid value for '--calibrate': 'model.gguf' is a model, not a text: name it before"],
         ),
