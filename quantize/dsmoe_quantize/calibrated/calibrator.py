@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +30,7 @@ from dsmoe_quantize.calibrated.calibration import Calibration, Rounding
 from dsmoe_quantize.calibrated.gptq import factor_of, gptq, grid_of
 from dsmoe_quantize.calibrated.hessian import ENOUGH, Group, HessianTap
 from dsmoe_quantize.calibrated.layer_files import LayerFiles, folder_of
-from dsmoe_quantize.calibrated.learned import STEPS, Rounded, Teacher, TrainedTensor, index_of, train
+from dsmoe_quantize.calibrated.learned import STEPS, Rounded, TrainedTensor, error, index_of, train
 from dsmoe_quantize.calibrated.network.layer import Tap
 from dsmoe_quantize.calibrated.network.network import Network, open_network
 from dsmoe_quantize.imatrix import MIN_IMPORTANCE
@@ -85,7 +86,8 @@ def quantize_calibrated(
     }
     with durable.output_errors(out), durable.locked(folder_of(out.resolve())):
         folder = folder_of(out.resolve())
-        with LayerFiles(folder, layers, shape, fingerprint, listen) as files:
+        learns = calibration.rounding is Rounding.LEARNED
+        with LayerFiles(folder, layers, shape, fingerprint, listen, with_outputs=learns) as files:
             with open_network(plan.file, plan.hp) as network, torch.no_grad():
                 _Run(network, layers, calibration, files, place, listen, stop or threading.Event()).run()
             summary = quantize_file(
@@ -144,6 +146,7 @@ class _Run:
         self._network = network
         self._layers = layers
         self._calibration = calibration
+        self._learns = calibration.rounding is Rounding.LEARNED
         self._files = files
         self._device = device
         self._listen = listen
@@ -154,7 +157,7 @@ class _Run:
 
     def run(self) -> None:
         """Calibrate the layers that are left. Raises InterruptedRunError; finished layers are kept."""
-        n_training = 2 * STEPS if self._calibration.rounding is Rounding.LEARNED else 0
+        n_training = 2 * STEPS if self._learns else 0
         steps = [2 * self._n_batches + n_training + sum(map(_n_matrices, layer)) for layer in self._layers]
         steps[-1] -= self._n_batches
         first = self._files.n_done
@@ -178,9 +181,11 @@ class _Run:
             for name in group.tensors:
                 few[name] = _few(group, choices[name])
             rounded |= self._round(layer, group, choices, weights)
+            for name in group.tensors:
+                del weights[name]
         for name in choices.keys() - rounded.keys():
             raise RuntimeError(f"{name}: the forward pass does not report its inputs")
-        if self._calibration.rounding is Rounding.LEARNED:
+        if self._learns:
             encoded = self._learn(layer, weights, rounded)
         else:
             encoded = {name: each.rows for name, each in rounded.items()}
@@ -196,8 +201,11 @@ class _Run:
         self, layer: int, choices: Mapping[str, TensorChoice], weights: Mapping[str, torch.Tensor]
     ) -> list[Group]:
         tap = HessianTap({name: choice.shape for name, choice in choices.items()})
-        for _ in self._forward(layer, weights, tap):
-            pass
+        outputs = self._forward(layer, weights, tap)
+        if self._learns:
+            self._files.save_outputs(outputs)
+        else:
+            deque(outputs, maxlen=0)
         return tap.groups()
 
     def _decoded(self, choice: TensorChoice, rows: Bytes) -> torch.Tensor:
@@ -276,42 +284,60 @@ class _Run:
         grid = grid_of(form, rows, matrices.shape, self._device)
         codes, positions = gptq(matrices, grid, *factor)
         form.write_codes(rows, codes.cpu().numpy())
-        is_learned = self._calibration.rounding is Rounding.LEARNED
-        return Rounded(rows, index_of(grid.levels, positions) if is_learned else None)
+        return Rounded(rows, index_of(grid.levels, positions) if self._learns else None)
 
     def _learn(
-        self, layer: int, weights: Mapping[str, torch.Tensor], rounded: Mapping[str, Rounded]
+        self, layer: int, fixed: Mapping[str, torch.Tensor], rounded: Mapping[str, Rounded]
     ) -> dict[str, Bytes]:
         """Train scales, and then scales and codes, each from those of GPTQ on. Return the best of the three.
 
-        The last sequences judge. The others are used for training, in a random order.
+        The last sequences judge. The others are used for training, in a random order. `fixed` are the weights
+        that are not rounded.
         """
         choices = {choice.name: choice for choice in self._layers[layer]}
-        states = self._files.states(layer)
+        states, outputs = self._files.states(layer), self._files.outputs()
         n_held = min(len(states) - 1, max(self._n_together, round(HELD_OUT * len(states)))) or len(states)
-        held = [batch.to(self._device).float() for batch in states[-n_held:].split(self._n_together)]
-        teacher = Teacher(partial(self._network.forward, layer, tap=self._stoppable()), weights)
+        n_training = max(1, len(states) - n_held)
+        forward = partial(self._network.forward, layer, tap=self._stoppable())
 
-        def error(candidate: Mapping[str, Bytes]) -> float:
-            found = {name: self._decoded(choices[name], rows) for name, rows in candidate.items()}
-            return sum(float(teacher.error(found, batch)) * len(batch) for batch in held)
+        def batch(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return states[places].to(self._device).float(), outputs[places].to(self._device)
+
+        def judged(candidate: Mapping[str, Bytes]) -> float:
+            weights = {name: self._decoded(choices[name], rows) for name, rows in candidate.items()}
+            total = 0.0
+            for places in torch.arange(len(states) - n_held, len(states)).split(self._n_together):
+                given, wanted = batch(places)
+                total += float(error(forward({**fixed, **weights}, given), wanted)) * len(places)
+            return total
 
         best = {name: each.rows for name, each in rounded.items()}
-        least = error(best)
+        least = judged(best)
         for with_codes in (False, True):
-            tensors = {
-                name: TrainedTensor(FORMATS[choices[name].type], each, choices[name].shape, with_codes)
-                for name, each in rounded.items()
-            }
+            trained = {name: _trained(choices[name], each, with_codes) for name, each in rounded.items()}
             generator = torch.Generator().manual_seed(self._calibration.seed * len(self._layers) + layer)
-            n_training = max(1, len(states) - n_held)
             picks = torch.randint(n_training, (STEPS, self._n_together), generator=generator)
-            batches = (states[pick].to(self._device).float() for pick in picks)
-            train(teacher, tensors, batches, lambda: self._advance(1, layer))
-            trained = {name: tensor.rows() for name, tensor in tensors.items()}
-            if (found := error(trained)) < least:
-                best, least = trained, found
+            train(forward, fixed, trained, map(batch, picks), lambda: self._advance(1, layer))
+            encoded = {name: _rows(each) for name, each in trained.items()}
+            if (found := judged(encoded)) < least:
+                best, least = encoded, found
         return best
+
+
+def _trained(choice: TensorChoice, rounded: Rounded, with_codes: bool) -> TrainedTensor | list[TrainedTensor]:
+    """Return a tensor to train: of routed experts, one for each of them."""
+    form = FORMATS[choice.type]
+    if not _is_routed(choice):
+        return TrainedTensor(form, rounded, choice.shape, with_codes)
+    assert rounded.indexes is not None
+    matrices = zip(np.split(rounded.rows, _n_matrices(choice)), rounded.indexes, strict=True)
+    return [TrainedTensor(form, Rounded(*matrix), choice.shape[1:], with_codes) for matrix in matrices]
+
+
+def _rows(trained: TrainedTensor | Sequence[TrainedTensor]) -> Bytes:
+    if isinstance(trained, TrainedTensor):
+        return trained.rows()
+    return np.concatenate([each.rows() for each in trained])
 
 
 def _joined(parts: Sequence[Rounded]) -> Rounded:
@@ -329,9 +355,13 @@ def _encoded(kind: GgmlType, matrices: torch.Tensor, hessian: torch.Tensor) -> B
         return np.concatenate(list(parts))
 
 
+def _is_routed(choice: TensorChoice) -> bool:
+    return "_exps." in choice.name
+
+
 def _few(group: Group, choice: TensorChoice) -> list[tuple[int, int]]:
     """Return the experts of a tensor with too few tokens, and how many these are."""
-    if "_exps." not in choice.name:
+    if not _is_routed(choice):
         return []
     wanted = ENOUGH * choice.shape[-1]
     return [(expert, count) for expert, count in enumerate(group.counts.tolist()) if count < wanted]

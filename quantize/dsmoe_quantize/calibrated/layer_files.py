@@ -1,7 +1,8 @@
 """Finished layers in a hidden folder beside the output, so that an interrupted calibration can continue.
 
 For each layer there is a file with its encoded tensors. The hidden states before the next layer are in
-another file, in bf16. A layer counts once the journal has its line.
+another file, in bf16. A layer counts once the journal has its line. The outputs of the unrounded layer, in
+f32, are only for the layer at hand.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dsmoe_quantize.quantize import GgufRows
 
 _VERSION = 1
 _STATE_BYTES = 2  # of one value of a hidden state
+_OUTPUT_BYTES = 4  # of one value of an unrounded layer's output
 
 
 def folder_of(out: Path) -> Path:
@@ -40,7 +42,8 @@ class LayerFiles:
     """The folder of one output. Use as a context manager while holding its lock.
 
     `layers` are the tensors of each layer that are encoded here. `shape` is that of the hidden states,
-    (n_sequences, n_tokens, width). `reports` has what `save` was given for each finished layer.
+    (n_sequences, n_tokens, width). `reports` has what `save` was given for each finished layer. Only
+    `with_outputs` is there room for `save_outputs`.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class LayerFiles:
         shape: tuple[int, int, int],
         fingerprint: Mapping[str, object],
         listen: Listener,
+        *,
+        with_outputs: bool,
     ) -> None:
         self.folder = folder
         self.shape = shape
@@ -57,6 +62,7 @@ class LayerFiles:
         self._layers = layers
         self._fingerprint = json.loads(json.dumps({"version": _VERSION, **fingerprint}))
         self._listen = listen
+        self._with_outputs = with_outputs
         self._open = ExitStack()
         self._journal: durable.Journal
 
@@ -102,9 +108,11 @@ class LayerFiles:
 
     def _require_space(self) -> None:
         left = [tensor for layer in self._layers[len(self.reports) :] for tensor in layer]
-        n_state = math.prod(self.shape) * _STATE_BYTES
+        n_values, per_value = math.prod(self.shape), 2 * _STATE_BYTES
+        if self._with_outputs:
+            per_value += _OUTPUT_BYTES
         n_encoded = sum(tensor.n_bytes for tensor in left)
-        durable.require_space(self.folder, n_encoded + 2 * n_state if left else 0)
+        durable.require_space(self.folder, n_encoded + n_values * per_value if left else 0)
 
     @property
     def n_done(self) -> int:
@@ -121,6 +129,16 @@ class LayerFiles:
         with self._new_file(self._state_path(layer)) as file:
             for batch in states:
                 file.write(batch.bfloat16().contiguous().view(torch.int16).cpu().numpy().data)
+
+    def outputs(self) -> Tensor:
+        """Return what `save_outputs` has stored, as a mapped file."""
+        return torch.from_file(str(self._outputs_path), size=math.prod(self.shape)).view(self.shape)
+
+    def save_outputs(self, outputs: Iterable[Tensor]) -> None:
+        """Store the outputs of the unrounded layer at hand. They come in batches of sequences, in f32."""
+        with self._outputs_path.open("wb") as file:
+            for batch in outputs:
+                file.write(batch.contiguous().cpu().numpy().data)
 
     @contextmanager
     def _new_file(self, path: Path) -> Iterator[BinaryIO]:
@@ -160,6 +178,10 @@ class LayerFiles:
 
     def _state_path(self, layer: int) -> Path:
         return self.folder / f"states-{layer:03}"
+
+    @property
+    def _outputs_path(self) -> Path:
+        return self.folder / "outputs"
 
     def _layer_path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:03}"

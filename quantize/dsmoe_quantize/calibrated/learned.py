@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_quantize.calibrated.blocks import BlockFormat, Bytes
+from dsmoe_quantize.calibrated.network.layer import Weights
 
 STEPS = 55
 OFFSET_RATE = 0.012
@@ -22,13 +23,17 @@ SCALE_RATE = 2e-3
 _BETAS = 0.9, 0.999
 _EPSILON = 1e-12
 
-Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""Computes the layer: (weights by name, hidden states) to hidden states."""
+Forward = Callable[[Weights, Tensor], Tensor]
+"""Computes the layer: (all its weights, hidden states) to hidden states."""
+
+
+def _is_even(levels: Tensor) -> bool:
+    return bool((levels.diff() == 1).all())
 
 
 def index_of(levels: Tensor, positions: Tensor) -> Tensor:
     """Return positions in units of codes: those of the levels are integers, between them it is linear."""
-    if bool((levels.diff() == 1).all()):
+    if _is_even(levels):
         return (positions - levels[0]).clamp(0, len(levels) - 1)
     below = torch.searchsorted(levels, positions, right=True).sub_(1).clamp_(0, len(levels) - 2)
     within = (positions - levels[below]) / (levels[below + 1] - levels[below])
@@ -47,7 +52,10 @@ class Rounded:
 
 
 class TrainedTensor:
-    """The scales of one tensor while they are trained, and the offsets of its codes if `with_codes`."""
+    """The scales of a tensor or of one of its matrices while they are trained, and its codes if `with_codes`.
+
+    Small ones are faster: what is computed for one stays in the processor's caches.
+    """
 
     def __init__(self, form: BlockFormat, rounded: Rounded, shape: Sequence[int], with_codes: bool) -> None:
         assert rounded.indexes is not None
@@ -57,6 +65,7 @@ class TrainedTensor:
         self._shape = tuple(shape)
         self._indexes = rounded.indexes.reshape(-1, form.n_scales, form.sub_size)
         self._offsets = torch.zeros_like(self._indexes, dtype=torch.float16) if with_codes else None
+        self._weights = torch.empty_like(self._indexes)
         self._levels = torch.from_numpy(form.levels).to(device)
         self._supers = torch.from_numpy(form.read_supers(rows)).to(device)
         self._multipliers = torch.from_numpy(form.multipliers(rows)).to(device)
@@ -65,74 +74,98 @@ class TrainedTensor:
         self._first = torch.zeros_like(self._supers)
         self._second = torch.zeros_like(self._supers)
 
-    def _codes(self) -> Tensor:
-        indexes = self._indexes if self._offsets is None else self._indexes + self._offsets
-        return indexes.round().clamp_(0, len(self._levels) - 1).long()
+    def _codes(self, out: Tensor) -> Tensor:
+        if self._offsets is None:
+            out.copy_(self._indexes)
+        else:
+            torch.add(self._indexes, self._offsets, out=out)
+        return out.round_().clamp_(0, len(self._levels) - 1)
 
     def _scaled(self) -> Tensor:
         return (self._supers * self._relative).half().float()[:, None] * self._multipliers
 
     def weights(self) -> Tensor:
-        """Return the weights that codes and scales stand for now."""
+        """Return the weights that codes and scales stand for now. The next call overwrites them."""
+        weights = self._codes(self._weights)
+        if _is_even(self._levels):
+            weights += self._levels[0]
+        else:
+            weights.copy_(self._levels.index_select(0, weights.int().flatten()).view_as(weights))
         scaled = self._scaled()
-        weights = self._levels[self._codes()] * scaled[..., :1]
+        weights *= scaled[..., :1]
         if scaled.shape[-1] > 1:
             weights += scaled[..., 1:]
         return weights.view(self._shape)
 
     def update(self, gradient: Tensor, step: int) -> None:
-        """Take a step, the first of which is 0. `gradient` is that of `weights`."""
+        """Take a step, the first of which is 0. `gradient` is that of the last `weights`."""
         left = 1 - step / STEPS
         gradient = gradient.view(self._indexes.shape)
-        by_scale = (gradient * self._levels[self._codes()]).sum(-1)
-        parts = [by_scale, gradient.sum(-1)][: self._supers.shape[-1]]
-        slope = (torch.stack(parts, -1) * self._multipliers).sum(1) * self._supers
+        # A weight is scale * level + offset. If scale or offset changes by a share, so does that part.
+        slopes = [(gradient * self._weights).sum(-1)]
+        if self._supers.shape[-1] > 1:
+            by_offset = gradient.sum(-1) * self._scaled()[..., 1]
+            slopes = [slopes[0] - by_offset, by_offset]
+        slope = torch.stack([part.sum(-1) for part in slopes], -1) / self._relative
         self._first.lerp_(slope, 1 - _BETAS[0])
         self._second.lerp_(slope.square(), 1 - _BETAS[1])
         first = self._first / (1 - _BETAS[0] ** (step + 1))
         second = self._second / (1 - _BETAS[1] ** (step + 1))
         self._relative -= SCALE_RATE * left * first / (second.sqrt() + _EPSILON)
         if self._offsets is not None:
-            change = gradient.sign() * self._sign * (OFFSET_RATE * left)
-            self._offsets.sub_(change.half()).clamp_(-0.5, 0.5)
+            change = gradient.sign().mul_(self._sign * (OFFSET_RATE * left))
+            self._offsets.sub_(change).clamp_(-0.5, 0.5)
 
     def rows(self) -> Bytes:
         """Return the encoded rows with the trained codes and scales."""
         rows = self._rows.copy()
-        self._form.write_codes(rows, self._codes().to(torch.uint8).cpu().numpy())
+        codes = self._codes(torch.empty_like(self._weights)).to(torch.uint8)
+        self._form.write_codes(rows, codes.cpu().numpy())
         self._form.write_supers(rows, (self._supers * self._relative).cpu().numpy())
         return rows
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Teacher:
-    """The unrounded layer with all its `weights`. The output of the rounded layer is compared with its."""
+def error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean square error of a layer's outputs, relative to each token's mean square."""
+    weight = 1 / wanted.square().mean(-1, keepdim=True).clamp_(min=_EPSILON)
+    return ((found - wanted).square() * weight).mean()
 
-    forward: Forward
-    weights: Mapping[str, Tensor]
 
-    def error(self, rounded: Mapping[str, Tensor], states: Tensor) -> Tensor:
-        """Return the mean square error of the outputs, relative to each token's mean square."""
-        with torch.no_grad():
-            wanted = self.forward(self.weights, states)
-            weight = 1 / wanted.square().mean(-1, keepdim=True).clamp_(min=_EPSILON)
-        found = self.forward({**self.weights, **rounded}, states)
-        return ((found - wanted).square() * weight).mean()
+Trained = Mapping[str, TrainedTensor | Sequence[TrainedTensor]]
+"""What is trained in a layer, by GGUF names. Of routed experts, it is one for each matrix."""
 
 
 def train(
-    teacher: Teacher,
-    tensors: Mapping[str, TrainedTensor],
-    batches: Iterable[Tensor],
+    forward: Forward,
+    fixed: Weights,
+    trained: Trained,
+    batches: Iterable[tuple[Tensor, Tensor]],
     advance: Callable[[], None],
 ) -> None:
-    """Train `tensors`, one step on each of STEPS batches of hidden states. Calls `advance` after each."""
-    for step, states in enumerate(batches):
+    """Take a step on each of STEPS batches, and call `advance` after it.
+
+    `fixed` are the layer's other weights. A batch is hidden states, and the outputs that are wanted for them.
+    """
+    for step, (states, wanted) in enumerate(batches):
+        weights = {
+            name: _updating(part, step)
+            if isinstance(part, TrainedTensor)
+            else [_updating(each, step) for each in part]
+            for name, part in trained.items()
+        }
         with torch.enable_grad():
-            weights = {name: tensor.weights().requires_grad_() for name, tensor in tensors.items()}
-            teacher.error(weights, states).backward()
-        for name, tensor in tensors.items():
-            gradient = weights.pop(name).grad
-            if gradient is not None:
-                tensor.update(gradient, step)
+            error(forward({**fixed, **weights}, states), wanted).backward()
         advance()
+
+
+def _updating(tensor: TrainedTensor, step: int) -> Tensor:
+    """Return a tensor's weights. It takes its step as soon as the backward pass has their gradient."""
+
+    def update(weights: Tensor) -> None:
+        assert weights.grad is not None
+        tensor.update(weights.grad, step)
+        weights.grad = None
+
+    weights = tensor.weights().detach().requires_grad_()
+    weights.register_post_accumulate_grad_hook(update)
+    return weights

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_quantize.calibrated.blocks import FORMATS, BlockFormat, decode, encode
 from dsmoe_quantize.calibrated.gptq import grid_of, inverse_or_0
-from dsmoe_quantize.calibrated.learned import STEPS, Rounded, Teacher, TrainedTensor, index_of, train
+from dsmoe_quantize.calibrated.learned import STEPS, Rounded, TrainedTensor, error, index_of, train
+from dsmoe_quantize.calibrated.network.layer import Weights
 
 NAME, SHAPE = "w", (16, 256)
 
@@ -53,16 +53,42 @@ def test_the_error_on_new_inputs_falls(form: BlockFormat, with_codes: bool) -> N
     weights = random(*SHAPE, seed=1) * 0.02
     tensor = TrainedTensor(form, rounded(form, weights), SHAPE, with_codes)
 
-    def forward(given: Mapping[str, Tensor], states: Tensor) -> Tensor:
-        return states @ given[NAME].T
+    def forward(given: Weights, states: Tensor) -> Tensor:
+        matrix = given[NAME]
+        assert isinstance(matrix, Tensor)
+        return states @ matrix.T
 
-    teacher = Teacher(forward, {NAME: weights})
     inputs = random((STEPS + 1) * 256, 8, seed=2) @ random(8, SHAPE[1], seed=3)
-    *batches, new = (inputs + 0.1 * random(*inputs.shape, seed=4)).split(256)
-    before = float(teacher.error({NAME: tensor.weights()}, new))
-    train(teacher, {NAME: tensor}, batches, lambda: None)
-    after = float(teacher.error({NAME: tensor.weights()}, new))
+    *batches, (new, wanted) = (
+        (states, states @ weights.T) for states in (inputs + 0.1 * random(*inputs.shape, seed=4)).split(256)
+    )
+    before = float(error(new @ tensor.weights().T, wanted))
+    train(forward, {}, {NAME: tensor}, batches, lambda: None)
+    after = float(error(new @ tensor.weights().T, wanted))
     assert after < before * (0.8 if with_codes and form.type is not GgmlType.Q8_0 else 1)
+
+
+def test_training_experts_apart_is_training_them_together() -> None:
+    """Matrices of one tensor that get each other's gradients, scales or steps."""
+    form, n_experts = FORMATS[GgmlType.Q4_K], 3
+    weights = random(n_experts, *SHAPE, seed=5) * 0.02
+    each = [rounded(form, matrix) for matrix in weights]
+    whole = Rounded(
+        np.concatenate([one.rows for one in each]),
+        torch.cat([one.indexes for one in each if one.indexes is not None]),
+    )
+
+    def forward(given: Weights, states: Tensor) -> Tensor:
+        return torch.stack([states @ matrix.T for matrix in given[NAME]])
+
+    inputs = random(STEPS, 64, SHAPE[1], seed=6)
+    batches = [(states, forward({NAME: weights}, states)) for states in inputs]
+    apart = [TrainedTensor(form, one, SHAPE, True) for one in each]
+    together = TrainedTensor(form, whole, (n_experts, *SHAPE), True)
+    for trained in (apart, together):
+        train(forward, {}, {NAME: trained}, batches, lambda: None)
+    assert np.array_equal(np.concatenate([one.rows() for one in apart]), together.rows())
+    assert not np.array_equal(together.rows(), whole.rows)
 
 
 @formats

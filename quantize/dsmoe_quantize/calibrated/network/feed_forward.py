@@ -39,8 +39,7 @@ _KINDS: Mapping[str, Callable[[Layer, Tensor], Tensor]] = {"ffn_gate_inp": _mixt
 def _routed(layer: Layer, x: Tensor) -> Tensor:
     """Return the weighted sum of the routed experts, computed expert by expert."""
     weights, chosen = _choice(layer, x)
-    # Indexing a tensor for each expert would make a gradient of its full size for each of them.
-    experts = zip(*(layer[f"ffn_{part}_exps"].unbind() for part in ("gate", "up", "down")), strict=True)
+    experts = zip(*(layer.experts(f"ffn_{part}") for part in ("gate", "up", "down")), strict=True)
     output = torch.zeros_like(x)
     for number, matrices in enumerate(experts):
         tokens, place = (chosen == number).nonzero(as_tuple=True)
@@ -84,7 +83,7 @@ def _choice(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     scores = layer.multiply("ffn_gate_inp", x)
     probabilities = scores.sigmoid() if hp.gating is Gating.SIGMOID else scores.softmax(-1)
     ranks = probabilities
-    bias = layer.weights.get(f"{layer.prefix}exp_probs_b.bias")
+    bias = layer.bias("exp_probs_b")
     if bias is not None:
         ranks = ranks + bias
     if hp.n_expert_groups > 1:

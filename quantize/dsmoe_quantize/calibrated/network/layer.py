@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,16 +29,20 @@ class Tap(Protocol):
         ...
 
 
+Weights = Mapping[str, Tensor | Sequence[Tensor]]
+"""The tensors of a layer by their GGUF names. Those of routed experts may be lists of matrices."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of a layer by their GGUF names, and what the forward pass needs besides.
+    """The weights of a layer, and what the forward pass needs besides.
 
     `prefix` is that of the names, for example "blk.3.".
     """
 
     hp: Hyperparameters
     prefix: str
-    weights: Mapping[str, Tensor]
+    weights: Weights
     rotation: Rotation
     tap: Tap | None = None
 
@@ -46,13 +50,26 @@ class Layer:
         return f"{self.prefix}{name}.weight" in self.weights
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.weights[f"{self.prefix}{name}.weight"]
+        found = self.weights[f"{self.prefix}{name}.weight"]
+        assert isinstance(found, Tensor)
+        return found
+
+    def experts(self, name: str) -> Sequence[Tensor]:
+        """Return the matrices of the routed experts."""
+        found = self.weights[f"{self.prefix}{name}_exps.weight"]
+        # Indexing a tensor for each expert would make a gradient of its full size for each of them.
+        return found.unbind() if isinstance(found, Tensor) else found
+
+    def bias(self, name: str) -> Tensor | None:
+        """Return a bias, or None if the layer has none of this name."""
+        found = self.weights.get(f"{self.prefix}{name}.bias")
+        assert found is None or isinstance(found, Tensor)
+        return found
 
     def multiply(self, name: str, x: Tensor) -> Tensor:
         """Return the products of `x`, shape (..., n_columns), with the rows of a matrix, plus its bias."""
         self.observe(name, x)
-        bias = self.weights.get(f"{self.prefix}{name}.bias")
-        return functional.linear(x, self[name], bias)
+        return functional.linear(x, self[name], self.bias(name))
 
     def observe(self, name: str, x: Tensor, expert: int | None = None, gate: Tensor | None = None) -> None:
         """Pass the input of a matrix to the tap. `x` has the shape (..., n_columns)."""

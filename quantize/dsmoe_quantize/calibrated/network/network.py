@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import layer_of
 from dsmoe_quantize.calibrated.network.attention import attention
 from dsmoe_quantize.calibrated.network.feed_forward import feed_forward
-from dsmoe_quantize.calibrated.network.layer import Layer, Tap, rms_norm
+from dsmoe_quantize.calibrated.network.layer import Layer, Tap, Weights, rms_norm
 from dsmoe_quantize.calibrated.network.rope import rotation
 from dsmoe_quantize.quantize import OpenGguf, opened
 from dsmoe_quantize.write.encoder import Slab, SlabEncoder, TensorJob, check_job, slabs
@@ -63,9 +63,7 @@ class Network:
         rows = self._read(info, [Slab(row, 1) for row in known.tolist()])
         return rows.to(tokens.device)[places]
 
-    def forward(
-        self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, tap: Tap | None = None
-    ) -> Tensor:
+    def forward(self, layer: int, weights: Weights, hidden: Tensor, tap: Tap | None = None) -> Tensor:
         """Return the hidden states after a layer. Differentiable in the weights and in `hidden`."""
         turn = rotation(self._hp, hidden.shape[1], self._divisors, hidden.device)
         this = Layer(self._hp, f"blk.{layer}.", weights, turn, tap)
