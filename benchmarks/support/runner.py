@@ -23,7 +23,7 @@ def off_by(ratios: Iterable[float]) -> float:
 
 def is_difference(ratio: float, control: float) -> bool:
     """Return True if a ratio is outside the spread of the control, a factor from `off_by`."""
-    return not 1 / control <= ratio <= control
+    return max(ratio, 1 / ratio) > control
 
 
 @dataclass(frozen=True, slots=True)

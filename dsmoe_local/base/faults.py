@@ -20,6 +20,7 @@ POINTS = {
     "output.verified": "the temp file is verified, not renamed",
     "split.renamed": "a file of a split output has its final name, the first has not",
     "output.renamed": "the final name exists, the journal is still there",
+    "calibration.outputs": "the outputs of an unrounded layer are stored",
     "calibration.states": "the hidden states before a layer are stored, the layer before is not",
     "calibration.layer": "a calibrated layer is stored, the journal does not say so yet",
     "calibration.journaled": "the journal names a calibrated layer, its inputs are still there",

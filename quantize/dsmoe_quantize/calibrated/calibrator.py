@@ -157,8 +157,10 @@ class _Run:
 
     def run(self) -> None:
         """Calibrate the layers that are left. Raises InterruptedRunError; finished layers are kept."""
-        n_training = 2 * STEPS if self._learns else 0
-        steps = [2 * self._n_batches + n_training + sum(map(_n_matrices, layer)) for layer in self._layers]
+        steps = [
+            2 * self._n_batches + sum(map(_n_matrices, layer)) + (2 * STEPS if self._learns and layer else 0)
+            for layer in self._layers
+        ]
         steps[-1] -= self._n_batches
         first = self._files.n_done
         self._listen(Started("calibrating", sum(steps), sum(steps[:first]), unit="steps"))
@@ -175,17 +177,10 @@ class _Run:
     def _calibrate(self, layer: int) -> None:
         choices = {choice.name: choice for choice in self._layers[layer]}
         weights = self._network.weights(layer, self._device)
-        rounded: dict[str, Rounded] = {}
-        few: dict[str, list[tuple[int, int]]] = {}
-        for group in self._groups(layer, choices, weights):
-            for name in group.tensors:
-                few[name] = _few(group, choices[name])
-            rounded |= self._round(layer, group, choices, weights)
-            for name in group.tensors:
-                del weights[name]
+        rounded, few = self._round_all(layer, choices, weights)
         for name in choices.keys() - rounded.keys():
             raise RuntimeError(f"{name}: the forward pass does not report its inputs")
-        if self._learns:
+        if self._learns and rounded:
             encoded = self._learn(layer, weights, rounded)
         else:
             encoded = {name: each.rows for name, each in rounded.items()}
@@ -197,16 +192,26 @@ class _Run:
             reach("calibration.states")
         self._files.save(layer, encoded, {name: found for name, found in few.items() if found})
 
-    def _groups(
-        self, layer: int, choices: Mapping[str, TensorChoice], weights: Mapping[str, torch.Tensor]
-    ) -> list[Group]:
+    def _round_all(
+        self, layer: int, choices: Mapping[str, TensorChoice], weights: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, Rounded], dict[str, list[tuple[int, int]]]]:
+        """Round the matrices of a layer, and remove them from `weights`. Return also experts with few tokens.
+
+        If the layer learns, its outputs before rounding are kept.
+        """
         tap = HessianTap({name: choice.shape for name, choice in choices.items()})
         outputs = self._forward(layer, weights, tap)
-        if self._learns:
+        if self._learns and choices:
             self._files.save_outputs(outputs)
+            reach("calibration.outputs")
         else:
             deque(outputs, maxlen=0)
-        return tap.groups()
+        rounded: dict[str, Rounded] = {}
+        few: dict[str, list[tuple[int, int]]] = {}
+        for group in tap.groups():
+            few |= {name: _few(group, choices[name]) for name in group.tensors}
+            rounded |= self._round(layer, group, choices, weights)
+        return rounded, few
 
     def _decoded(self, choice: TensorChoice, rows: Bytes) -> torch.Tensor:
         decoded = decode(choice.type, rows, choice.shape[-1])
@@ -254,9 +259,9 @@ class _Run:
         layer: int,
         group: Group,
         choices: Mapping[str, TensorChoice],
-        weights: Mapping[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
     ) -> dict[str, Rounded]:
-        """Round the tensors of a group, several of their matrices at a time."""
+        """Round the tensors of a group, several of their matrices at a time. Remove them from `weights`."""
         parts: dict[str, list[Rounded]] = {name: [] for name in group.tensors}
         together = max(1, _BATCH_WEIGHTS // group.hessian.shape[-1] ** 2)
         for first in range(0, len(group.hessian), together):
@@ -268,7 +273,11 @@ class _Run:
                 matrices = whole[first : first + together]
                 parts[name].append(self._rounded(choices[name].type, matrices, hessian, factor))
                 self._advance(len(matrices), layer)
-        return {name: _joined(found) for name, found in parts.items()}
+        rounded = {}
+        for name in group.tensors:
+            del weights[name]
+            rounded[name] = _joined(parts.pop(name))
+        return rounded
 
     def _rounded(
         self,
@@ -291,13 +300,14 @@ class _Run:
     ) -> dict[str, Bytes]:
         """Train scales, and then scales and codes, each from those of GPTQ on. Return the best of the three.
 
-        The last sequences judge. The others are used for training, in a random order. `fixed` are the weights
-        that are not rounded.
+        The last sequences judge. Training takes the others, in random orders. `fixed` are the weights that
+        are not rounded.
         """
         choices = {choice.name: choice for choice in self._layers[layer]}
         states, outputs = self._files.states(layer), self._files.outputs()
-        n_held = min(len(states) - 1, max(self._n_together, round(HELD_OUT * len(states)))) or len(states)
+        n_held = max(1, round(HELD_OUT * len(states)))
         n_training = max(1, len(states) - n_held)
+        n_picks = STEPS * self._n_together
         forward = partial(self._network.forward, layer, tap=self._stoppable())
 
         def batch(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,11 +326,14 @@ class _Run:
         for with_codes in (False, True):
             trained = {name: _trained(choices[name], each, with_codes) for name, each in rounded.items()}
             generator = torch.Generator().manual_seed(self._calibration.seed * len(self._layers) + layer)
-            picks = torch.randint(n_training, (STEPS, self._n_together), generator=generator)
+            orders = [torch.randperm(n_training, generator=generator) for _ in range(0, n_picks, n_training)]
+            picks = torch.cat(orders)[:n_picks].view(STEPS, -1)
             train(forward, fixed, trained, map(batch, picks), lambda: self._advance(1, layer))
             encoded = {name: _rows(each) for name, each in trained.items()}
+            del trained
             if (found := judged(encoded)) < least:
                 best, least = encoded, found
+        self._files.remove_outputs()
         return best
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,17 +84,16 @@ class HessianTap:
             torch.zeros(n_matrices, dtype=torch.int64),
         )
 
-    def groups(self) -> list[Group]:
-        """Return all groups. Call it once: the sums become the Hessians.
+    def groups(self) -> Iterator[Group]:
+        """Yield all groups. Call it once: the sums become the Hessians, and are given away with them.
 
         The Hessian of n tokens is their mean H. With n < N = ENOUGH * n_columns it is (n H + (N - n) M) / N,
         where M is the mean over the tokens of all matrices of the tensor.
         """
-        found = []
-        for owner, sums in self._sums.items():
+        while self._sums:
+            owner, sums = self._sums.popitem()
             members = [name for name, first in self._first.items() if first == owner]
-            found.append(Group(members, _blended(sums), sums.counts))
-        return found
+            yield Group(members, _blended(sums), sums.counts)
 
 
 def _blended(sums: _Sums) -> Tensor:

@@ -28,7 +28,7 @@ from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_quantize.calibrated.blocks import Bytes
 from dsmoe_quantize.quantize import GgufRows
 
-_VERSION = 1
+_VERSION = 2
 _STATE_BYTES = 2  # of one value of a hidden state
 _OUTPUT_BYTES = 4  # of one value of an unrounded layer's output
 
@@ -42,8 +42,8 @@ class LayerFiles:
     """The folder of one output. Use as a context manager while holding its lock.
 
     `layers` are the tensors of each layer that are encoded here. `shape` is that of the hidden states,
-    (n_sequences, n_tokens, width). `reports` has what `save` was given for each finished layer. Only
-    `with_outputs` is there room for `save_outputs`.
+    (n_sequences, n_tokens, width). `reports` has what `save` was given for each finished layer.
+    `with_outputs` says whether `save_outputs` will be called, and so need room on the disk.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class LayerFiles:
             if not self._journal.entries:
                 self._journal.append(self._fingerprint)
                 durable.sync_folder(self.folder)
+            self.remove_outputs()
             self._require_space()
             self._open = opening.pop_all()
         return self
@@ -108,11 +109,12 @@ class LayerFiles:
 
     def _require_space(self) -> None:
         left = [tensor for layer in self._layers[len(self.reports) :] for tensor in layer]
-        n_values, per_value = math.prod(self.shape), 2 * _STATE_BYTES
-        if self._with_outputs:
-            per_value += _OUTPUT_BYTES
         n_encoded = sum(tensor.n_bytes for tensor in left)
-        durable.require_space(self.folder, n_encoded + n_values * per_value if left else 0)
+        # Beside the states before a layer, there are its outputs, and later the states before the next layer.
+        n_beside = _OUTPUT_BYTES if self._with_outputs else _STATE_BYTES
+        n_states = math.prod(self.shape) * (_STATE_BYTES + n_beside)
+        n_there = sum(path.stat().st_size for path in self.folder.glob("states-*"))
+        durable.require_space(self.folder, n_encoded + n_states - n_there if left else 0)
 
     @property
     def n_done(self) -> int:
@@ -139,6 +141,10 @@ class LayerFiles:
         with self._outputs_path.open("wb") as file:
             for batch in outputs:
                 file.write(batch.contiguous().cpu().numpy().data)
+
+    def remove_outputs(self) -> None:
+        """Delete what `save_outputs` has stored."""
+        self._outputs_path.unlink(missing_ok=True)
 
     @contextmanager
     def _new_file(self, path: Path) -> Iterator[BinaryIO]:

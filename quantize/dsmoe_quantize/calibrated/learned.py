@@ -44,7 +44,7 @@ def index_of(levels: Tensor, positions: Tensor) -> Tensor:
 class Rounded:
     """The encoded rows of a tensor, and its codes before they were rounded, if these are to be trained.
 
-    `indexes` has the shape (n_matrices, n_out, n_in).
+    `indexes` has a number for each weight, in the order of the rows.
     """
 
     rows: Bytes
@@ -52,9 +52,9 @@ class Rounded:
 
 
 class TrainedTensor:
-    """The scales of a tensor or of one of its matrices while they are trained, and its codes if `with_codes`.
+    """The scales of a tensor, or of one of its matrices, in training; and its codes if `with_codes`.
 
-    Small ones are faster: what is computed for one stays in the processor's caches.
+    Its own memory is 4 bytes for each weight, 6 with codes, beside the indexes that it is given.
     """
 
     def __init__(self, form: BlockFormat, rounded: Rounded, shape: Sequence[int], with_codes: bool) -> None:
@@ -67,12 +67,14 @@ class TrainedTensor:
         self._offsets = torch.zeros_like(self._indexes, dtype=torch.float16) if with_codes else None
         self._weights = torch.empty_like(self._indexes)
         self._levels = torch.from_numpy(form.levels).to(device)
+        self._is_even = _is_even(self._levels)
         self._supers = torch.from_numpy(form.read_supers(rows)).to(device)
         self._multipliers = torch.from_numpy(form.multipliers(rows)).to(device)
         self._sign = (self._supers[:, None, 0] * self._multipliers[..., 0]).sign()[..., None]
         self._relative = torch.ones_like(self._supers)
         self._first = torch.zeros_like(self._supers)
         self._second = torch.zeros_like(self._supers)
+        self._n_updates = 0
 
     def _codes(self, out: Tensor) -> Tensor:
         if self._offsets is None:
@@ -87,7 +89,7 @@ class TrainedTensor:
     def weights(self) -> Tensor:
         """Return the weights that codes and scales stand for now. The next call overwrites them."""
         weights = self._codes(self._weights)
-        if _is_even(self._levels):
+        if self._is_even:
             weights += self._levels[0]
         else:
             weights.copy_(self._levels.index_select(0, weights.int().flatten()).view_as(weights))
@@ -98,7 +100,11 @@ class TrainedTensor:
         return weights.view(self._shape)
 
     def update(self, gradient: Tensor, step: int) -> None:
-        """Take a step, the first of which is 0. `gradient` is that of the last `weights`."""
+        """Move against the gradient of the last `weights`. Changes shrink from step 0 to step STEPS.
+
+        Experts without tokens have no gradient in some steps.
+        """
+        self._n_updates += 1
         left = 1 - step / STEPS
         gradient = gradient.view(self._indexes.shape)
         # A weight is scale * level + offset. If scale or offset changes by a share, so does that part.
@@ -109,8 +115,8 @@ class TrainedTensor:
         slope = torch.stack([part.sum(-1) for part in slopes], -1) / self._relative
         self._first.lerp_(slope, 1 - _BETAS[0])
         self._second.lerp_(slope.square(), 1 - _BETAS[1])
-        first = self._first / (1 - _BETAS[0] ** (step + 1))
-        second = self._second / (1 - _BETAS[1] ** (step + 1))
+        first = self._first / (1 - _BETAS[0] ** self._n_updates)
+        second = self._second / (1 - _BETAS[1] ** self._n_updates)
         self._relative -= SCALE_RATE * left * first / (second.sqrt() + _EPSILON)
         if self._offsets is not None:
             change = gradient.sign().mul_(self._sign * (OFFSET_RATE * left))
@@ -142,7 +148,7 @@ def train(
     batches: Iterable[tuple[Tensor, Tensor]],
     advance: Callable[[], None],
 ) -> None:
-    """Take a step on each of STEPS batches, and call `advance` after it.
+    """Train on STEPS batches, one after another. Call `advance` after each.
 
     `fixed` are the layer's other weights. A batch is hidden states, and the outputs that are wanted for them.
     """
@@ -159,7 +165,7 @@ def train(
 
 
 def _updating(tensor: TrainedTensor, step: int) -> Tensor:
-    """Return a tensor's weights. It takes its step as soon as the backward pass has their gradient."""
+    """Return the weights of a tensor, which is updated as soon as a backward pass has their gradient."""
 
     def update(weights: Tensor) -> None:
         assert weights.grad is not None

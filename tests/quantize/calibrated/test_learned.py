@@ -47,6 +47,34 @@ def test_trained_weights_are_those_that_ggml_decodes(form: BlockFormat, with_cod
 
 
 @formats
+def test_scales_move_against_their_gradient(form: BlockFormat) -> None:
+    """A scale's gradient that includes the offset's part of the weights, or another block's.
+
+    The gradient is measured on weights that ggml decodes from blocks with a slightly larger number. The first
+    step of Adam has the same length for every number, so only directions are compared.
+    """
+    start = rounded(form, random(*SHAPE, seed=7) * 20)
+    tensor = TrainedTensor(form, start, SHAPE, with_codes=False)
+    supers = form.read_supers(start.rows)
+
+    def weights(values: np.ndarray) -> np.ndarray:
+        rows = start.rows.copy()
+        form.write_supers(rows, values)
+        return decode(form.type, rows, SHAPE[1])
+
+    gradient = random(*SHAPE, seed=8)
+    tensor.weights()
+    tensor.update(gradient, 0)
+    moves = form.read_supers(tensor.rows()) / supers - 1
+    for number in range(supers.shape[1]):
+        larger = supers.copy()
+        larger[:, number] *= 1.25
+        by_weight = gradient.numpy() * (weights(larger) - weights(supers))
+        slope = by_weight.reshape(len(supers), -1).sum(1)
+        assert np.array_equal(np.sign(moves[:, number]), -np.sign(slope))
+
+
+@formats
 @kinds_of_training
 def test_the_error_on_new_inputs_falls(form: BlockFormat, with_codes: bool) -> None:
     """A gradient with the wrong sign, or of the wrong block."""
