@@ -162,14 +162,15 @@ def measure_speed(options: ModelOptions, workloads: Sequence[Workload]) -> dict[
         speeds = {
             f"{each.workload.label}, tokens/s": each.workload.n_tokens / min(each.seconds) for each in timed
         }
-        return {**speeds, "load, s": seconds, **_memory_of(engine.pid)}
+        memory = {f"{kind} memory, GB": gigabytes for kind, gigabytes in memory_of(engine.pid).items()}
+        return {**speeds, "load, s": seconds, **memory}
 
 
-def _memory_of(pid: int) -> dict[str, float]:
+def memory_of(pid: int) -> dict[str, float]:
     """Return the gigabytes of anonymous and of mapped memory of a process; {} without /proc."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         return {}
     fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
-    kinds = {"RssAnon": "anonymous memory, GB", "RssFile": "mapped memory, GB"}
+    kinds = {"RssAnon": "anonymous", "RssFile": "mapped"}
     return {name: int(fields[key].split()[0]) * 1024 / 1e9 for key, name in kinds.items()}

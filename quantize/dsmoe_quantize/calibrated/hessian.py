@@ -90,8 +90,8 @@ class HessianTap:
         The Hessian of n tokens is their mean H. With n < N = ENOUGH * n_columns it is (n H + (N - n) M) / N,
         where M is the mean over the tokens of all matrices of the tensor.
         """
-        while self._sums:
-            owner, sums = self._sums.popitem()
+        for owner in list(self._sums):
+            sums = self._sums.pop(owner)
             members = [name for name, first in self._first.items() if first == owner]
             yield Group(members, _blended(sums), sums.counts)
 
