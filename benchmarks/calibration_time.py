@@ -1,7 +1,7 @@
 """How long does calibrated rounding of the 16B take, and how much memory? Extrapolates from a few layers.
 
     python -m benchmarks.calibration_time                           GPTQ: about 12 minutes on two cores
-    python -m benchmarks.calibration_time --rounding learned    about an hour
+    python -m benchmarks.calibration_time --rounding learned        about an hour
     python -m benchmarks.calibration_time --quick                   an eighth of the widths: does it run?
 
 The layers have the full width of DeepSeekMoE 16B, random weights, and random token ids as the text. Neither

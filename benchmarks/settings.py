@@ -29,7 +29,6 @@ from benchmarks.support import arguments
 from benchmarks.support.random_models import memory_of, model_file, shape_of
 from benchmarks.support.runner import CONTROL, Row, compare, in_turn, say
 from benchmarks.support.tables import report
-from dsmoe_local.base.progress import ignore
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -77,7 +76,7 @@ def rows_of(
     engines: Mapping[str, EngineClient], workloads: Sequence[Workload], n_rounds: int, base: str
 ) -> Iterator[Row]:
     """Run all workloads in turn, and compare all engines with the base. `base` + CONTROL is one of them."""
-    timers = {name: Timer(engine, ignore, None) for name, engine in engines.items()}
+    timers = {name: Timer(engine) for name, engine in engines.items()}
     others = [name for name in engines if name not in (base, base + CONTROL)]
     for workload in workloads:
         say(f"{workload.label}:")

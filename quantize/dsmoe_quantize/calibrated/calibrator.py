@@ -300,8 +300,8 @@ class _Run:
     ) -> dict[str, Bytes]:
         """Train scales, and then scales and codes, each from those of GPTQ on. Return the best of the three.
 
-        The last sequences judge. Training takes the others, in random orders. `fixed` are the weights that
-        are not rounded.
+        The last sequences judge. Training takes the others in random order, several times. `fixed` are the
+        weights that are not rounded.
         """
         choices = {choice.name: choice for choice in self._layers[layer]}
         states, outputs = self._files.states(layer), self._files.outputs()
